@@ -1,0 +1,48 @@
+"""rsauto: which LoRA rank, alpha and learning rate to fine-tune with under a memory budget.
+
+    import rsauto
+    study = rsauto.run_study("study.yaml")           # or a StudyConfig, or a dict
+    study.trials                                     # a pandas DataFrame
+    rsauto.select_rank(study.trials, memory_budget="24GiB")
+
+Names are loaded when they are used, so importing rsauto is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsauto.api import run_study
+    from rsauto.config import StudyConfig
+    from rsauto.errors import RsautoError
+    from rsauto.report.pareto import pareto, select_rank
+    from rsauto.report.table import Study, load_study
+
+_HOMES = {
+    "run_study": "rsauto.api",
+    "StudyConfig": "rsauto.config",
+    "RsautoError": "rsauto.errors",
+    "pareto": "rsauto.report.pareto",
+    "select_rank": "rsauto.report.pareto",
+    "Study": "rsauto.report.table",
+    "load_study": "rsauto.report.table",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "RsautoError",
+    "Study",
+    "StudyConfig",
+    "load_study",
+    "pareto",
+    "run_study",
+    "select_rank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rsauto' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,3 @@
+from rsauto.cli import run
+
+run()

@@ -1,0 +1,65 @@
+"""Every adapter leaves as plain LoRA with scale 1, which every server reads alike.
+
+Servers disagree on `use_rslora` and on rank patterns; alpha = r with gamma_r folded into B leaves
+them nothing to disagree on, and keeps the logits.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rsauto.adapters.lora import ADAPTER_NAME, lora_layers, short_target_names
+
+
+def save_adapter(adapted: PeftModel, folder: Path, *, base_name: str, card: str) -> int:
+    """Writes ``folder`` as a PEFT LoRA adapter of scale 1, all or nothing.
+
+    Returns the size of its weights in bytes. ``card`` becomes README.md.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        weights = partial / "adapter_model.safetensors"
+        save_file(scale_one_tensors(adapted), weights, metadata={"format": "pt"})
+        _plain_config(adapted, base_name).save_pretrained(str(partial))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        num_bytes = weights.stat().st_size
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return num_bytes
+
+
+def scale_one_tensors(adapted: PeftModel) -> dict[str, Tensor]:
+    """Adapter tensors in PEFT's naming with gamma_r B in place of B: Delta W = B A."""
+    scales = {layer.scaling[ADAPTER_NAME] for layer in lora_layers(adapted)}
+    assert len(scales) == 1, f"one factor for every module is assumed, got {sorted(scales)}"
+    factor = scales.pop()
+    return {
+        name: (tensor * factor if "lora_B" in name else tensor).detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME).items()
+    }
+
+
+def _plain_config(adapted: PeftModel, base_name: str) -> LoraConfig:
+    trained = adapted.peft_config[ADAPTER_NAME]
+    assert isinstance(trained, LoraConfig)
+    return LoraConfig(
+        r=trained.r,
+        lora_alpha=trained.r,
+        use_rslora=False,
+        target_modules=short_target_names(adapted),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+    )

@@ -1,0 +1,142 @@
+"""LoRA and rsLoRA through PEFT: which layers are adapted, and with which factor.
+
+Notation
+    W x + gamma_r B A x     A is (rank x d_in), B is (d_out x rank), B = 0 at the start
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rsauto.errors import InputError, nearest
+from rsauto.records import TrialSpec
+from rsauto.scaling import gamma_r
+
+ADAPTER_NAME = "default"
+
+_ATTENTION = re.compile(r"(^|[._])(self_?)?attn|attention", re.IGNORECASE)
+
+
+def target_module_names(model: nn.Module, choice: str | tuple[str, ...]) -> list[str]:
+    """Full names of the linear layers to adapt, in model order.
+
+    ``all-linear`` takes every linear layer but the output head; ``attention`` those inside
+    attention blocks; a tuple takes layers whose name equals or ends with one of its entries.
+
+    Raises InputError when a choice selects nothing, naming what there is.
+    """
+    linear = [name for name, _ in _linear_layers(model)]
+    if not linear:
+        raise InputError("model: it has no linear layers, so there is nothing to adapt with LoRA.")
+    if choice == "all-linear":
+        return linear
+    if choice == "attention":
+        inside = [name for name in linear if _ATTENTION.search(name.rpartition(".")[0])]
+        if not inside:
+            raise InputError(
+                "model.target_modules: no attention layers were recognised by name. "
+                f"Give a list instead; the linear layers are: {_short_names(linear)}."
+            )
+        return inside
+    wanted = (choice,) if isinstance(choice, str) else choice
+    _require_known(wanted, linear)
+    return [name for name in linear if any(_matches(name, suffix) for suffix in wanted)]
+
+
+def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
+    """Wraps ``model`` with the spec's adapter; the base weights are frozen and shared.
+
+    The factors are initialised by PEFT (A Kaiming-uniform, B zero) from torch's global generator:
+    seed it first. gamma_r is set explicitly, so that every exponent of r can be studied.
+    """
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.scaling_rule == "rslora",
+        target_modules=target_module_names(model, spec.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)  # type: ignore[arg-type]
+    factor = gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent)
+    for layer in lora_layers(adapted):
+        layer.scaling[ADAPTER_NAME] = factor
+        if spec.init_scale is not None:
+            with torch.no_grad():
+                layer.lora_A[ADAPTER_NAME].weight.mul_(spec.init_scale)
+    return adapted
+
+
+def remove_adapter(adapted: PeftModel) -> nn.Module:
+    """The base model as it was before `add_adapter`, the same object, without its adapter."""
+    base: nn.Module = adapted.unload()
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """Every adapted layer of a PEFT model."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            yield module
+
+
+def short_target_names(adapted: PeftModel) -> list[str]:
+    """The adapted layers by their last names where those say the same, else by their full names.
+
+    Servers match the last name ("q_proj"), so the short form is used whenever it selects exactly
+    the adapted layers.
+    """
+    base = adapted.get_base_model()
+    adapted_names = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+    short = {name.rpartition(".")[2] for name in adapted_names}
+    plain = {n for n, _ in _linear_layers(base) if ".base_layer" not in n and ".lora_" not in n}
+    untouched = {n for n in plain if n not in adapted_names}
+    clash = any(_matches(name, suffix) for name in untouched for suffix in short)
+    return sorted(adapted_names if clash else short)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, trainable ones only, in model order."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers but the output head, which PEFT's own "all-linear" leaves out as well."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            yield name, module
+
+
+def _matches(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _short_names(names: list[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def _require_known(wanted: tuple[str, ...], linear: list[str]) -> None:
+    problems = []
+    short = sorted({name.rpartition(".")[2] for name in linear})
+    for suffix in wanted:
+        if not any(_matches(name, suffix) for name in linear):
+            problems.append(
+                f"model.target_modules: the model has no linear layer named {suffix!r}."
+                f"{nearest(suffix, short)} It has: {', '.join(short)}."
+            )
+    if problems:
+        raise InputError(problems)

@@ -1,0 +1,62 @@
+"""Optimizers over an adapter's parameters, with LoRA+'s separate learning rate for B.
+
+LoRA+ (arXiv:2402.12354): eta_B = lr_ratio * eta_A, with lr_ratio well above 1, because B starts at
+zero. A ratio of 1 is the plain optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.optimization import Adafactor
+
+from rsauto.scaling import OptimizerName
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, lr_ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two groups, "A" and "B", that partition the trainable parameters.
+
+    B's factors learn at ``learning_rate * lr_ratio``, everything else at ``learning_rate``; both
+    are decayed alike. Raises AssertionError if a parameter were in neither or both.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    group_b = [p for n, p in trainable.items() if ".lora_B." in n]
+    group_a = [p for n, p in trainable.items() if ".lora_B." not in n]
+    ids = [id(p) for p in (*group_a, *group_b)]
+    assert len(ids) == len(set(ids)) == len(trainable), "groups must partition the parameters"
+    groups = [
+        {"name": "A", "params": group_a, "lr": learning_rate},
+        {"name": "B", "params": group_b, "lr": learning_rate * lr_ratio},
+    ]
+    return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: OptimizerName,
+    learning_rate: float,
+    lr_ratio: float = 1.0,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """AdamW (fused), SGD (no momentum) or Adafactor (constant rate, no parameter scaling).
+
+    Each group keeps its peak rate as "initial_lr", which schedules multiply.
+    """
+    groups = parameter_groups(
+        model, learning_rate=learning_rate, lr_ratio=lr_ratio, weight_decay=weight_decay
+    )
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate)
+    return Adafactor(
+        groups, lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
+    )

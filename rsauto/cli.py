@@ -1,0 +1,175 @@
+"""The command line. Heavy libraries are imported inside the commands, so help is instant.
+
+Exit codes: 0 done, 1 a bug, 2 the input is wrong, 3 no configuration fits the budget, 4 stopped
+early but resumable, 5 every trial failed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rsauto.errors import RsautoError
+
+if TYPE_CHECKING:
+    from rsauto.config import StudyConfig
+    from rsauto.report.table import Study
+    from rsauto.report.verdict import Verdict
+    from rsauto.search.driver import StopFlag
+
+app = typer.Typer(
+    help="Find the LoRA rank, alpha and learning rate to fine-tune with under a memory budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[
+    Path | None,
+    typer.Argument(help="Study file (YAML). Without one: the embedded model and task."),
+]
+Folder = Annotated[Path, typer.Argument(help="A study folder, such as runs/embedded.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"rsauto {installed('rsauto')}")
+        raise typer.Exit
+
+
+@app.command()
+def study(
+    config: Config = None,
+    trials: Annotated[int | None, typer.Option(help="Settled trials the study ends with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Study folder [runs/<study name>].")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Such as 24GiB.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation and data order.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL [a journal in the study folder].")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset of the study file.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search rank, alpha and learning rate. The same command continues an interrupted study."""
+    with _errors_shown():
+        from rsauto import study_file
+
+        options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}
+        sets = [f"{key}={value}" for key, value in options.items() if value is not None]
+        loaded = study_file.load(config, preset=preset, sets=[*(set_ or ()), *sets])
+        _run(loaded, out or Path("runs") / loaded.name, storage, as_json)
+
+
+@app.command()
+def status(folder: Folder, as_json: Json = False) -> None:
+    """Where a study stands, also while another terminal runs it."""
+    with _errors_shown():
+        from rsauto.report.table import load_study
+        from rsauto.status import status_lines, status_values
+
+        found = load_study(folder)
+        if as_json:
+            typer.echo(json.dumps(status_values(found)))
+        else:
+            typer.echo("\n".join(status_lines(found)))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write table, figures and page anew, from the records alone."""
+    with _errors_shown():
+        from rsauto.report.page import write_report
+
+        verdict = write_report(folder)
+        typer.echo("\n".join(verdict.sentences))
+        typer.echo(f"report       {folder / 'report.html'}")
+
+
+def run() -> None:
+    """Entry point of the `rsauto` command."""
+    app()
+
+
+def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=as_json, soft_wrap=False)
+    console.print("starting (loading torch and transformers) ...", style="dim")
+    from rsauto.console import print_verdict, watch
+    from rsauto.report.table import load_study
+    from rsauto.report.verdict import judge
+    from rsauto.search.driver import StopFlag, study_events
+
+    stop = StopFlag()
+    with _signals_set(stop):
+        ended = watch(study_events(config, out, storage=storage, stop=stop), config, console)
+    assert ended is not None
+    found = load_study(out)
+    verdict = judge(found.config, found.records, found.environment)
+    print_verdict(found, verdict, console)
+    console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")
+    if as_json:
+        typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))
+
+
+def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """What `study --json` ends with; the four trials are whole records, or null."""
+    chosen = {
+        name: getattr(verdict, name)
+        for name in ("best", "recommended", "default", "default_tuned")
+    }
+    return {
+        "out": str(study.folder),
+        "trials": len(study.records),
+        **{name: record.to_json() if record else None for name, record in chosen.items()},
+        "seconds": round(seconds, 1),
+    }
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Turns an error meant for the user into one clear message and its exit code."""
+    try:
+        yield
+    except RsautoError as error:
+        typer.echo(f"rsauto: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("rsauto: stopped at once; the same command continues.", err=True)
+        raise typer.Exit(4) from None
+
+
+@contextmanager
+def _signals_set(stop: StopFlag) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the study to stop cleanly; a second one stops at once."""
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        print("stopping after this step, once more to stop at once ...", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

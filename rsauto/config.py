@@ -1,0 +1,328 @@
+"""StudyConfig: what a study file may say, checked in one place, every error at once.
+
+A study file is YAML with five parts (model, data, training, search, and the memory budget). Unknown
+keys are refused with the nearest right one. Bytes inside, GiB only in what people write.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+Objective = Annotated[str, Field(min_length=1)]
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes from '24GiB', '500 MB' or a plain number; 'auto' passes through.
+
+    GiB, MiB, KiB are powers of 1024; GB, MB, KB powers of 1000. Raises ValueError otherwise.
+    """
+    if value == "auto" or isinstance(value, bool) or value is None:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError("give a size such as 24GiB, 512MiB or a number of bytes, or auto")
+    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if num_bytes < 1:
+        raise ValueError("must be more than zero bytes")
+    return num_bytes
+
+
+class Part(BaseModel):
+    """A section of the study file: unknown keys are errors, values cannot be changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Part):
+    """The base model, frozen during the study."""
+
+    name: str = Field("embedded", min_length=1)
+    """'embedded', a Hugging Face hub id, or a local folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights; adapters are float32. 'auto' takes what the model was saved in."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter; the output head never does."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.target_modules == ():
+            raise ValueError("target_modules must name at least one layer, or be all-linear")
+        return self
+
+
+class DataConfig(Part):
+    """The fine-tuning data. Rows are text, prompt and completion, or columns through templates."""
+
+    name: str = Field("embedded", min_length=1)
+    """'embedded', a hub id, a json, jsonl, csv or parquet file, or a folder of such files."""
+    subset: str | None = None
+    """Configuration name of a hub dataset, such as 'main'."""
+    revision: str | None = None
+    train_split: str = Field("train", min_length=1)
+    validation_split: str | None = None
+    """None takes 'validation' (or 'valid', 'dev') where there is one, else a share of train.
+
+    A split called test is refused: nothing is ever chosen on it."""
+    validation_file: str | None = None
+    """A file of validation rows beside a training file."""
+    validation_rows: int = Field(200, ge=1)
+    """At most this many rows are evaluated on; also the size of a split made from train."""
+    max_train_rows: int | None = Field(None, ge=1)
+    split_seed: int = Field(0, ge=0)
+    """Of the validation split made where there is none."""
+    text: str | None = None
+    """Template such as '{title}\\n{body}'; all of it is trained on."""
+    prompt: str | None = None
+    """Template such as '{question}\\n', not trained on unless loss_on is all."""
+    completion: str | None = None
+    """Template such as '{answer}'."""
+    loss_on: Literal["completion", "all"] = "completion"
+    max_length: int = Field(512, ge=2)
+    """Tokens per row, the end-of-text token included; longer rows are truncated."""
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        if self.text is not None and (self.prompt is not None or self.completion is not None):
+            raise ValueError("give either text, or prompt and completion, not both")
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion belong together: give both")
+        if self.validation_split is not None and self.validation_file is not None:
+            raise ValueError("give validation_split or validation_file, not both")
+        if (self.validation_split or "").lower().startswith("test"):
+            raise ValueError("validation_split must not be the test split")
+        if self.train_split.lower().startswith("test"):
+            raise ValueError("train_split must not be the test split")
+        return self
+
+
+class TrainingConfig(Part):
+    """What every trial has in common."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of a full-length trial; give steps or epochs."""
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences per forward pass. 'auto': the largest divisor of batch_size that fits."""
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are clipped to this global L2 norm; null clips nothing."""
+    num_evals: int = Field(4, ge=1)
+    """Evaluations per trial, evenly spread; pruning decides on them."""
+    seed: int = Field(0, ge=0)
+    """Of adapter initialisation and data order, the same in every search trial."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        micro = self.micro_batch_size
+        if micro != "auto" and (micro < 1 or self.batch_size % micro):
+            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            raise ValueError(
+                f"micro_batch_size must divide batch_size {self.batch_size}: one of {divisors}"
+            )
+        if self.steps is not None and self.num_evals > self.steps:
+            raise ValueError(f"num_evals must be at most steps, which is {self.steps}")
+        return self
+
+
+class PowerRange(Part):
+    """Powers of two from low to high, both included, searched as an integer log2."""
+
+    low: int = Field(ge=1)
+    high: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _powers(self) -> Self:
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, or give a list instead")
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(2**k for k in range(self.low.bit_length() - 1, self.high.bit_length()))
+
+
+class RateRange(Part):
+    """Learning rates from low to high at `reference_rank`, searched on a log scale."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single number or word stands for a list of one."""
+    return (value,) if isinstance(value, (int, float, str)) else value
+
+
+def _kind(value: Any) -> str:
+    """Which form of a choice was meant, so that only its own errors are shown."""
+    return "range" if isinstance(value, (dict, Part)) else "list"
+
+
+_Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+_Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+_Targets = Literal["all-linear", "attention"] | tuple[str, ...]
+_IntChoice = Annotated[
+    Annotated[PowerRange, Tag("range")]
+    | Annotated[_Ints, BeforeValidator(_as_tuple), Tag("list")],
+    Discriminator(_kind),
+]
+_RateChoice = Annotated[
+    Annotated[RateRange, Tag("range")]
+    | Annotated[_Rates, BeforeValidator(_as_tuple), Tag("list")],
+    Discriminator(_kind),
+]
+
+
+class SearchConfig(Part):
+    """What is searched, how, and for how long."""
+
+    trials: int = Field(24, ge=1)
+    """Settled trials in the study, defaults and repeated seeds included."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = "median"
+    method: Annotated[
+        tuple[Literal["rslora", "lora"], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+    ] = ("rslora",)
+    rank: _IntChoice = PowerRange(low=2, high=256)
+    alpha: _IntChoice = PowerRange(low=8, high=64)
+    learning_rate: _RateChoice = RateRange(low=1e-5, high=1e-2)
+    """A range is centred anew for every rank by the law of its scaling rule; a list is exact."""
+    reference_rank: int = Field(8, ge=1)
+    """The rank for which a learning-rate range is meant."""
+    lr_ratio: Annotated[_Rates, BeforeValidator(_as_tuple)] = (1.0,)
+    """LoRA+: learning rate of B over that of A."""
+    target_modules: Annotated[tuple[_Targets, ...], Field(min_length=1)] | None = None
+    """Several choices of layers to search over; None uses model.target_modules."""
+    seeds: int = Field(3, ge=1)
+    """Seeds on which the finalists are compared, the search's own included."""
+    within: float = Field(0.01, ge=0, lt=1)
+    """Ranks whose objective is this close to the best (relative) count as good as the best."""
+    objective: Objective = "eval_loss"
+    direction: Literal["minimize", "maximize"] | None = None
+    """None: losses and perplexity are minimised, metrics maximised."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Stop asking for trials after this much wall time of one run."""
+    max_failures: int = Field(3, ge=1)
+    """Stop after this many failed trials in a row."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sampler == "grid" and isinstance(self.learning_rate, RateRange):
+            raise ValueError("sampler grid needs learning_rate as a list, such as [1e-4, 3e-4]")
+        for name in ("rank", "alpha", "learning_rate", "lr_ratio", "method"):
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len(set(values)) != len(values):
+                raise ValueError(f"{name} lists a value twice")
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return _values(self.rank)
+
+    @property
+    def alphas(self) -> tuple[int, ...]:
+        return _values(self.alpha)
+
+    @property
+    def minimize(self) -> bool:
+        if self.direction is not None:
+            return self.direction == "minimize"
+        return self.objective in {"eval_loss", "perplexity"}
+
+
+def _values(choice: PowerRange | tuple[int, ...]) -> tuple[int, ...]:
+    return choice.values() if isinstance(choice, PowerRange) else tuple(sorted(choice))
+
+
+class StudyConfig(Part):
+    """A whole study file."""
+
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    """Names the study folder, runs/<name>; letters, digits, dot, dash and underscore."""
+    memory_budget: Annotated[int | Literal["auto"], BeforeValidator(parse_bytes)] = "auto"
+    """Bytes of the device for the whole fine-tune; 'auto' is what the device has."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig(steps=100)
+    search: SearchConfig = SearchConfig()
+    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Named sets of changes, chosen with --preset; each a partial study file."""
+
+    def target_choices(self) -> tuple[str | tuple[str, ...], ...]:
+        """The choices of layers that trials may use."""
+        return self.search.target_modules or (self.model.target_modules,)
+
+
+RESUMABLE = frozenset(
+    {"search.trials", "search.seeds", "search.rank", "search.max_seconds", "search.max_failures"}
+)
+"""Settings that may change when a study is continued; anything else would mix two studies."""
+
+
+def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Dotted settings that differ and may not, each as 'key: was X, is Y'."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _resumable(key)
+    ]
+
+
+def _resumable(key: str) -> bool:
+    return key.startswith("presets") or any(
+        key == allowed or key.startswith(allowed + ".") for allowed in RESUMABLE
+    )
+
+
+def _flat(config: StudyConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json", exclude={"presets"}))
+    return flat

@@ -1,0 +1,283 @@
+"""What people see in a terminal: a live display, or plain lines where nobody watches.
+
+Everything is drawn from the events of a study; the driver knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from rsauto.config import StudyConfig
+from rsauto.data import lines as preflight_lines
+from rsauto.records import TrialRecord
+from rsauto.report.ranks import rank_table
+from rsauto.report.table import Study
+from rsauto.report.units import (
+    bytes_text,
+    count_text,
+    method_text,
+    objective_text,
+    rate_text,
+    seconds_text,
+    value_text,
+)
+from rsauto.report.verdict import Verdict
+from rsauto.search.events import (
+    Event,
+    Planned,
+    Searching,
+    Stage,
+    StudyEnded,
+    TrialSettled,
+    TrialStarted,
+    TrialStep,
+)
+from rsauto.search.setup import Setup, probes
+
+
+def watch(events: Iterable[Event], config: StudyConfig, console: Console) -> StudyEnded | None:
+    """Shows a study while it runs; returns its last event."""
+    display = Display(config, console)
+    ended = None
+    with display.shown():
+        for event in events:
+            display.handle(event)
+            if isinstance(event, StudyEnded):
+                ended = event
+    return ended
+
+
+class Display:
+    """Turns events into lines and, in a terminal, a live panel."""
+
+    def __init__(self, config: StudyConfig, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.best: TrialRecord | None = None
+        self.begin = time.monotonic()
+        self.num_at_start = 0
+        self.memory = Text()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.study: TaskID | None = None
+        self.trial: TaskID | None = None
+
+    def shown(self) -> AbstractContextManager[object]:
+        """The live panel in a terminal; elsewhere nothing, lines are printed as they come."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return Live(
+            Group(self.memory, self.progress),
+            console=self.console,
+            refresh_per_second=6,
+            transient=True,
+        )
+
+    def handle(self, event: Event) -> None:
+        match event:
+            case Stage(name=name):
+                self.console.print(f"{name} ...", style="dim")
+            case Planned(setup=setup):
+                self._planned(setup)
+            case Searching():
+                self._searching(event)
+            case TrialStarted():
+                self._started(event)
+            case TrialStep():
+                self._stepped(event)
+            case TrialSettled(record=record, num_settled=num_settled):
+                self._settled(record, num_settled)
+            case StudyEnded():
+                pass
+
+    def _planned(self, setup: Setup) -> None:
+        for line in preflight_lines(setup.preflight):
+            self.console.print(line, markup=False, highlight=False)
+        self.console.print(plan_table(setup))
+
+    def _searching(self, event: Searching) -> None:
+        self.num_at_start = event.num_settled
+        self.begin = time.monotonic()
+        if event.num_settled:
+            self.console.print(f"continuing after {event.num_settled} settled trials")
+        if event.num_orphans:
+            self.console.print(f"{event.num_orphans} interrupted trial(s) will be run again")
+        total = self.config.search.trials
+        self.study = self.progress.add_task(
+            "study", total=total, completed=event.num_settled, note=""
+        )
+
+    def _started(self, event: TrialStarted) -> None:
+        spec = event.spec
+        if self.trial is not None:
+            self.progress.remove_task(self.trial)
+        self.trial = self.progress.add_task(f"trial {event.number}", total=spec.steps, note="")
+        self.memory.plain = (
+            f"trial {event.number}: {method_text(spec.method)} rank {spec.rank}, "
+            f"alpha {spec.alpha}, learning rate {rate_text(spec.learning_rate)}, "
+            f"micro-batch {spec.micro_batch_size}; predicted peak "
+            f"{bytes_text(event.prediction.peak_bytes)}"
+        )
+
+    def _stepped(self, event: TrialStep) -> None:
+        if self.trial is None:
+            return
+        point = event.point
+        measured = event.measured_peak_bytes
+        note = f"loss {point.train_loss:.3f}"
+        if measured is not None:
+            note += f", peak {bytes_text(measured)}"
+        self.progress.update(self.trial, completed=point.step, note=note)
+
+    def _settled(self, record: TrialRecord, num_settled: int) -> None:
+        if record.outcome == "complete" and self._is_better(record):
+            self.best = record
+        self.console.print(trial_line(record, self.config), markup=False, highlight=False)
+        if self.study is not None:
+            note = f"best {self._best_text()}, {self._time_left(num_settled)} left"
+            self.progress.update(self.study, completed=num_settled, note=note)
+
+    def _is_better(self, record: TrialRecord) -> bool:
+        new, old = objective_value(record, self.config), None
+        if self.best is not None:
+            old = objective_value(self.best, self.config)
+        if new is None or old is None:
+            return new is not None
+        return new < old if self.config.search.minimize else new > old
+
+    def _best_text(self) -> str:
+        if self.best is None:
+            return "-"
+        value = value_text(objective_value(self.best, self.config))
+        return f"{value} (rank {self.best.rank})"
+
+    def _time_left(self, num_settled: int) -> str:
+        done = num_settled - self.num_at_start
+        if done < 1:
+            return "?"
+        pace = (time.monotonic() - self.begin) / done
+        return seconds_text(pace * max(0, self.config.search.trials - num_settled))
+
+
+def objective_value(record: TrialRecord, config: StudyConfig) -> float | None:
+    """The study's objective of a record, None where it was not measured."""
+    name = config.search.objective
+    if name in ("eval_loss", "perplexity"):
+        value: float | None = getattr(record, name)
+        return value
+    return record.metrics.get(name)
+
+
+def trial_line(record: TrialRecord, config: StudyConfig) -> str:
+    """One settled trial in a line."""
+    value = objective_value(record, config)
+    parts = [
+        f"trial {record.number:>3}",
+        f"{record.role:<13}",
+        f"{method_text(record.method):<7} rank {record.rank:<4} alpha {record.alpha:<4}"
+        f"lr {rate_text(record.learning_rate):<8}",
+        f"{record.outcome:<10}",
+        f"{objective_text(config.search.objective)} {value_text(value)}",
+    ]
+    if record.measured_peak_bytes is not None:
+        parts.append(f"peak {bytes_text(record.measured_peak_bytes)}")
+    if record.train_seconds is not None:
+        parts.append(seconds_text(record.train_seconds))
+    if record.error:
+        parts.append(record.error)
+    return "  ".join(parts)
+
+
+def plan_table(setup: Setup) -> Table:
+    """Which ranks fit the budget, and with which micro-batch."""
+    budget = setup.memory_budget_bytes
+    table = Table(title=f"memory plan, budget {bytes_text(budget)}", title_justify="left")
+    for name in ("rank", "trainable", "predicted peak", "needs", "micro-batch", "fits"):
+        table.add_column(name, justify="right")
+    for rank in setup.config.search.ranks:
+        spec = probes(setup, rank)[0]
+        prediction = setup.predict(spec)
+        shown = prediction or setup.smallest_prediction(spec)
+        table.add_row(
+            str(rank),
+            count_text(shown.num_trainable_params),
+            bytes_text(shown.peak_bytes),
+            bytes_text(setup.planner.needed_bytes(shown)),
+            str(shown.micro_batch_size),
+            "yes" if prediction else "no",
+            style=None if prediction else "dim",
+        )
+    return table
+
+
+def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
+    """The table of ranks, the sentence, and where the files are."""
+    console.print(ranks_as_table(study, verdict))
+    console.print()
+    for sentence in verdict.sentences:
+        console.print(sentence, markup=False, highlight=False)
+    console.print()
+    for name, path in study_paths(study.folder).items():
+        if path.exists():
+            console.print(f"{name:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def study_paths(folder: Path) -> dict[str, Path]:
+    """What a finished study leaves for people."""
+    return {
+        "report": folder / "report.html",
+        "table": folder / "tradeoff.csv",
+        "best": folder / "best",
+        "recommended": folder / "recommended",
+    }
+
+
+def ranks_as_table(study: Study, verdict: Verdict) -> Table:
+    """What each rank costs and what it buys."""
+    name = objective_text(verdict.objective)
+    table = Table(title="what each rank costs and buys", title_justify="left")
+    for column in (
+        "method", "rank", f"best {name}", "seeds", "alpha", "learning rate",
+        "predicted", "measured", "trainable", "train time", "FLOPs", "",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("method", "") else "right")
+    for row in rank_table(study.records, verdict).to_dict("records"):
+        known = {key: None if value is None or value != value else value
+                 for key, value in row.items() if not _is_na(value)}  # fmt: skip
+        fits = known.get("fits") is not False
+        table.add_row(
+            method_text(str(row["method"])),
+            str(row["rank"]),
+            value_text(known.get("objective")),
+            str(known.get("num_seeds", "-")),
+            str(known.get("alpha", "-")),
+            rate_text(known.get("learning_rate")),
+            bytes_text(known.get("predicted_peak_bytes")),
+            bytes_text(known.get("measured_peak_bytes")),
+            count_text(known.get("num_trainable_params")),
+            seconds_text(known.get("train_seconds")),
+            count_text(known.get("flops")),
+            str(known.get("marks", "")) if fits else "does not fit",
+            style="bold" if "recommended" in str(known.get("marks", "")) else None,
+        )
+    return table
+
+
+def _is_na(value: object) -> bool:
+    import pandas as pd
+
+    return bool(pd.isna(value))  # type: ignore[call-overload]

@@ -1,0 +1,71 @@
+"""From examples to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rsauto.data.tokens import Example
+from rsauto.training.loss import IGNORED
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A micro-batch of b sequences, padded on the right to the longest, t tokens. All (b, t)."""
+
+    input_ids: Tensor
+    """int64."""
+    attention_mask: Tensor
+    """int64, 1 for tokens and 0 for padding."""
+    labels: Tensor
+    """int64, the input ids, IGNORED for prompts and padding; the loss shifts them, not this."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Tensors of a micro-batch, on the CPU. Raises ValueError without examples."""
+    if not examples:
+        raise ValueError("collate needs at least one example")
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example.input_ids, dtype=torch.int64)
+        end = len(tokens)
+        input_ids[row, :end] = tokens
+        attention_mask[row, :end] = 1
+        labels[row, example.num_prompt_tokens : end] = tokens[example.num_prompt_tokens :]
+    return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def padded_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of the micro-batch with its padding, b t: what its activations are proportional to."""
+    return len(examples) * max((len(example.input_ids) for example in examples), default=0)
+
+
+def evaluation_batches(examples: Sequence[Example], batch_size: int) -> list[tuple[Example, ...]]:
+    """All examples once, longest first, `batch_size` at a time.
+
+    Neighbours of like length need little padding, and the first batch is the heaviest: what fits
+    there fits everywhere.
+
+    Raises ValueError when batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but got {batch_size=}")
+    # sorted is stable, so equal lengths keep their order and the batches are the same everywhere.
+    longest_first = sorted(examples, key=lambda example: -len(example.input_ids))
+    return [
+        tuple(longest_first[start : start + batch_size])
+        for start in range(0, len(longest_first), batch_size)
+    ]

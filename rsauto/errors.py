@@ -1,0 +1,57 @@
+"""Every error a user can meet, each with the exit code the command line ends with.
+
+    RsautoError
+      InputError            2   the configuration, the data or the folder is wrong; nothing was started
+      BudgetError           3   no configuration fits the memory budget
+      StudyInterrupted      4   stopped early, the same command continues
+      AllTrialsFailedError  5   trials ran, and every one of them failed
+
+Anything else that escapes is a bug in rsauto and ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class RsautoError(Exception):
+    """Base of all errors that are the user's to read; the message stands on its own."""
+
+    exit_code = 1
+
+
+class InputError(RsautoError, ValueError):
+    """Something the user gave is wrong. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__("\n".join(self.problems))
+
+
+class BudgetError(RsautoError):
+    """No configuration of the search space fits the memory budget."""
+
+    exit_code = 3
+
+
+class StudyInterrupted(RsautoError):
+    """The study was stopped by the user or a limit and can be continued."""
+
+    exit_code = 4
+
+
+class AllTrialsFailedError(RsautoError):
+    """Trials ran, none of them gave a result."""
+
+    exit_code = 5
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

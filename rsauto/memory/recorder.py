@@ -1,0 +1,150 @@
+"""Watches every storage that PyTorch operations allocate and free, on fake or on real tensors.
+
+A dispatch mode sees the result of every operation; a weak reference on each new storage tells when
+it is freed. It cannot see scratch that a kernel allocates and frees inside itself; the one kind
+that is large, casts of mixed dtypes on the CPU, is added by rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Tag = Literal["weights", "adapters", "gradients", "optimizer", "activations", "logits_and_loss"]
+"""What memory is for. "optimizer" is its states and what its step allocates, "gradients" those of
+the adapters, "logits_and_loss" every tensor as large as the logits, "activations" the rest."""
+
+Phase = Literal["forward", "backward", "optimizer", "evaluation"]
+
+
+class StorageEvent(NamedTuple):
+    """A storage appears (nbytes > 0) or is freed (nbytes < 0)."""
+
+    storage: int
+    """Number of the storage, in order of appearance."""
+    nbytes: int
+    """As asked for; allocators round it up."""
+    tag: Tag
+    phase: Phase
+
+
+class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Turns the operations that run under it into a stream of storage events."""
+
+    def __init__(self, device_type: str) -> None:
+        """`device_type` is where the step will run, "cpu" or "cuda"; not where it is recorded."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase: Phase = "forward"
+        self._casts_in_kernels = device_type == "cpu"
+        self._num_logits = 0
+        self._tags: list[Tag] = []
+        self._stream: list[tuple[int, int, Phase]] = []
+        self._watched: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.prim.device.default:
+                return args[0].fake_device  # most of the calls; the long way returns the same
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return _stand_in_value(args[0].dtype)
+        scratch = _cast_bytes(args) if self._casts_in_kernels and _is_pointwise(func) else 0
+        if scratch:
+            self._stream.append((len(self._tags), scratch, self.phase))
+            self._tags.append("activations")
+            number = len(self._tags) - 1
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        if scratch:
+            self._stream.append((number, -scratch, self.phase))
+        return out
+
+    def assign(self, tag: Tag, tensors: Iterable[Tensor]) -> None:
+        """Tags the storages of `tensors`, from their allocation on; watches them if they are new.
+
+        Tags belong to storages, not to moments: a gradient is a gradient from the moment that
+        backward allocates it, although only later code knows that it became one.
+        """
+        for tensor in tensors:
+            self._tags[self._see(tensor)] = tag
+
+    def expect_logits(self, num_logits: int) -> None:
+        """From now on, tensors of `num_logits` elements are tagged as logits and loss."""
+        self._num_logits = num_logits
+
+    def finish(self) -> tuple[StorageEvent, ...]:
+        """The events, ended here: what is freed later is not part of the step.
+
+        Between two allocations, frees are put in the order of the storages' numbers. The order
+        does not matter to the bytes, and dictionaries of weak references may free in any.
+        """
+        self._watched.clear()
+        ordered: list[tuple[int, int, Phase]] = []
+        frees: list[tuple[int, int, Phase]] = []
+        for entry in self._stream:
+            if entry[1] < 0:
+                frees.append(entry)
+                continue
+            ordered += sorted(frees)
+            frees.clear()
+            ordered.append(entry)
+        ordered += sorted(frees)
+        return tuple(StorageEvent(n, size, self._tags[n], phase) for n, size, phase in ordered)
+
+    def _see(self, tensor: Tensor) -> int:
+        """The number of the tensor's storage, a new one if it was not seen before."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._watched:
+            return self._watched[key][0]
+        number, nbytes = len(self._tags), storage.nbytes()
+
+        def freed(_: object) -> None:
+            del self._watched[key]
+            self._stream.append((number, -nbytes, self.phase))
+
+        self._watched[key] = (number, weakref.ref(storage, freed))
+        self._tags.append(self._first_tag(tensor))
+        self._stream.append((number, nbytes, self.phase))
+        return number
+
+    def _first_tag(self, tensor: Tensor) -> Tag:
+        if self.phase == "optimizer":
+            return "optimizer"
+        return "logits_and_loss" if tensor.numel() == self._num_logits else "activations"
+
+
+@functools.cache
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
+def _cast_bytes(operands: Iterable[Any]) -> int:
+    """Bytes that a pointwise CPU kernel allocates while it runs on operands of several dtypes.
+
+    TensorIterator copies operands to the common dtype on the CPU; CUDA kernels cast as they load.
+    """
+    floats = [t for t in operands if isinstance(t, Tensor) and t.is_floating_point()]
+    if len({t.dtype for t in floats}) < 2:
+        return 0
+    common = functools.reduce(torch.promote_types, (t.dtype for t in floats))
+    return sum(t.numel() * common.itemsize for t in floats if t.dtype != common)
+
+
+def _stand_in_value(dtype: torch.dtype) -> bool | int | float:
+    """What a fake tensor answers to .item(): it has no value, and 1 serves for a step counter.
+
+    True answers the one question that a model asks of its batch: "is the mask all ones?".
+    """
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1

@@ -1,0 +1,207 @@
+"""The typed records that everything passes along. Standard library only.
+
+A `TrialSpec` says what to train, a `StepPoint` is what training yields, a `TrialRecord` is how a
+trial ended. Reports are made from records alone. Absent is None, never a sentinel number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
+Method = Literal["lora", "rslora", "adalora", "rsadalora"]
+Role = Literal["default", "default_tuned", "search", "seed"]
+
+SETTLED_OUTCOMES: tuple[Outcome, ...] = ("complete", "pruned", "oom", "diverged", "failed")
+"""Outcomes that cost a trial. A configuration refused by the planner costs none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSpec:
+    """Everything that decides the result of one trial. Equal specs give equal trials."""
+
+    role: Role
+    """default, default_tuned (its learning-rate search), search, or seed: a finalist run again."""
+    method: Method
+    rank: int
+    alpha: int
+    scaling_rule: Literal["rslora", "lora"]
+    scaling_exponent: float | None = None
+    """Overrides the rule's power of r in gamma_r; None uses the rule's own."""
+    init_scale: float | None = None
+    """Multiplies A at initialisation (paper appendix B.3); None leaves PEFT's initialisation."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """'all-linear', 'attention', or module names."""
+    learning_rate: float
+    lr_ratio: float = 1.0
+    """LoRA+: learning rate of B over that of A."""
+    lambda_lr_ratio: float | None = None
+    init_rank: int | None = None
+    target_rank: int | None = None
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_share: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    batch_size: int = 16
+    """Sequences per optimizer step (global)."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; None until the memory planner has chosen it."""
+    max_length: int = 512
+    """Tokens per sequence, longer ones are truncated."""
+    steps: int = 100
+    num_evals: int = 4
+    """Evaluations spread evenly over the steps, the last one after the last step."""
+    seed: int = 0
+    retry_of: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        targets = data.get("target_modules", "all-linear")
+        fixed = targets if isinstance(targets, str) else tuple(targets)
+        return cls(**{**data, "target_modules": fixed})
+
+    def configuration(self) -> tuple[Any, ...]:
+        """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
+        ignored = {"seed", "role", "retry_of", "micro_batch_size"}
+        return tuple(
+            getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ignored
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalPoint:
+    """One point of a trial's curve; the losses are means per counted token, in nats."""
+
+    step: int
+    train_loss: float
+    """Mean since the previous point."""
+    eval_loss: float
+    grad_norm: float
+    """Mean Frobenius norm over trainable tensors (rsLoRA paper, figure 3), before clipping."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPoint:
+    """What the training loop yields after every optimizer step."""
+
+    step: int
+    """Steps done, from 1."""
+    train_loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    """Tokens trained on so far, padding not counted."""
+    seconds: float
+    """Wall time of this step, evaluation excluded."""
+    evaluation: EvalPoint | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """How a trial ended, whatever the outcome. One line of trials.jsonl."""
+
+    number: int
+    outcome: Outcome
+    role: Role
+    method: Method
+    engine: Literal["peft", "packed"] = "peft"
+    rank: int
+    init_rank: int | None = None
+    target_rank: int | None = None
+    r_max: int | None = None
+    """Largest rank of any module, what a server must be able to hold."""
+    rank_pattern: dict[str, int] | None = None
+    alpha: int
+    scaling_rule: str
+    scaling_exponent: float | None = None
+    init_scale: float | None = None
+    gamma_r: float
+    target_modules: str | tuple[str, ...]
+    learning_rate: float
+    lr_ratio: float
+    lambda_lr_ratio: float | None = None
+    optimizer: str
+    schedule: str
+    warmup_share: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    batch_size: int
+    micro_batch_size: int | None = None
+    max_length: int
+    seed: int
+    steps: int | None = None
+    """Optimizer steps done."""
+    num_evals: int | None = None
+    tokens: int | None = None
+    fidelity: float | None = None
+    """Steps done as a share of a full-length run."""
+    eval_loss: float | None = None
+    perplexity: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: tuple[EvalPoint, ...] = ()
+    activation_moments: dict[str, Any] | None = None
+    num_trainable_params: int | None = None
+    adapter_bytes: int | None = None
+    flops: float | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_reserved_bytes: int | None = None
+    measured_peak_bytes: int | None = None
+    memory_budget_bytes: int | None = None
+    pack_id: str | None = None
+    pack_size: int | None = None
+    pack_peak_bytes: int | None = None
+    train_seconds: float | None = None
+    """Wall time of optimizer steps, evaluation excluded."""
+    tokens_per_second: float | None = None
+    retry_of: int | None = None
+    worker: str | None = None
+    started_at: str | None = None
+    """UTC, ISO 8601."""
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values. Non-finite floats become None so that any JSON reader can parse it."""
+        plain: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return plain
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Reads a record, also one from a newer version that has fields this one does not know."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept = {key: value for key, value in data.items() if key in known}
+        targets = kept.get("target_modules", "all-linear")
+        kept["target_modules"] = targets if isinstance(targets, str) else tuple(targets)
+        kept["curve"] = tuple(_eval_point(point) for point in kept.get("curve") or ())
+        return cls(**kept)
+
+
+def _eval_point(data: dict[str, Any]) -> EvalPoint:
+    """A curve point; a loss written as null was not finite."""
+    losses = {"train_loss", "eval_loss", "grad_norm"}
+    return EvalPoint(
+        **{k: (math.nan if k in losses and v is None else v) for k, v in data.items()}
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def dump_line(record: TrialRecord) -> str:
+    """One line of trials.jsonl, without the newline."""
+    return json.dumps(record.to_json(), allow_nan=False, ensure_ascii=False)

@@ -1,0 +1,143 @@
+"""Tables as the words people read: the rank table, the list of trials, the figures on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from rsauto.report.table import COLUMNS, PEFT_NAMES
+from rsauto.report.units import (
+    ABSENT,
+    bytes_text,
+    count_text,
+    difference_text,
+    method_text,
+    objective_text,
+    percent_text,
+    rate_text,
+    seconds_text,
+    value_text,
+)
+from rsauto.report.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table ready to be shown."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    is_number: tuple[bool, ...]
+    """Columns to align to the right."""
+    classes: tuple[str, ...] = ()
+    """One word a row that says how to colour it, or ''."""
+
+
+_Write = Callable[[Any], str]
+
+
+def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
+    """``rank_table`` in words."""
+    wording: tuple[tuple[str, str, _Write], ...] = (
+        ("rank", "rank", str),
+        ("method", "method", method_text),
+        ("marks", "", str),
+        ("objective", objective_text(verdict.objective), value_text),
+        ("num_seeds", "seeds", str),
+        ("best_single", "best single", value_text),
+        ("alpha", "alpha", str),
+        ("learning_rate", "learning rate", rate_text),
+        ("predicted_peak_bytes", "predicted peak", bytes_text),
+        ("measured_peak_bytes", "measured peak", bytes_text),
+        ("num_trainable_params", "trainable", count_text),
+        ("train_seconds", "train time", seconds_text),
+        ("flops", "FLOPs", count_text),
+        ("num_complete", "finished", str),
+        ("fits", "fits", lambda fits: "yes" if fits else "no"),
+    )
+    classes = tuple(
+        "recommended" if "recommended" in str(marks) else "" if fits is True else "unfit"
+        for marks, fits in zip(ranks["marks"], ranks["fits"].astype(object), strict=True)
+    )
+    return _grid(ranks, wording, classes)
+
+
+def trial_grid(trials: pd.DataFrame) -> Grid:
+    """Every trial, with the columns that say something: not empty, not PEFT's second name."""
+    wording = tuple(
+        (str(name), str(name), _writer(str(name)))
+        for name in trials.columns
+        if name not in PEFT_NAMES and trials[name].notna().any()
+    )
+    return _grid(trials, wording, tuple(str(outcome) for outcome in trials["outcome"]))
+
+
+def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
+    """The numbers on top of the page: what, how much, and a remark."""
+    found: list[tuple[str, str, str]] = []
+    name = objective_text(verdict.objective)
+    chosen = verdict.standings.get("recommended")
+    if chosen is not None:
+        record = chosen.record
+        settings = f"{method_text(record.method)}, alpha {record.alpha}"
+        rate = f"learning rate {rate_text(record.learning_rate)}"
+        found.append(("rank to take", str(record.rank), f"{settings}, {rate}"))
+        seeds = f"mean of {chosen.num_seeds} seeds" if chosen.num_seeds > 1 else "one seed"
+        if verdict.baseline is not None:
+            seeds += f"; base model {value_text(verdict.baseline)}"
+        found.append((name, value_text(chosen.objective), seeds))
+        budget = verdict.memory_budget_bytes
+        limit = f"of {bytes_text(budget)}" if budget is not None else "no budget set"
+        found.append(("peak memory", bytes_text(chosen.need_bytes), limit))
+    if verdict.gain is not None:
+        relative = verdict.gain.relative
+        found.append(
+            (
+                "gain over the tuned default",
+                percent_text(relative) if relative is not None else ABSENT,
+                difference_text(verdict.gain.difference, verdict.gain.half_width)
+                + (" (95 %)" if verdict.gain.half_width is not None else ", no interval"),
+            )
+        )
+    finished = f"{verdict.num_complete} finished at full length"
+    found.append(("trials", str(verdict.num_trials), finished))
+    return found
+
+
+def _grid(
+    frame: pd.DataFrame, wording: tuple[tuple[str, str, _Write], ...], classes: tuple[str, ...]
+) -> Grid:
+    columns = [
+        [ABSENT if pd.isna(value) else write(value) for value in frame[name]]
+        for name, _, write in wording
+    ]
+    return Grid(
+        headers=tuple(header for _, header, _ in wording),
+        rows=tuple(zip(*columns, strict=True)),
+        is_number=tuple(_is_number(frame[name]) for name, _, _ in wording),
+        classes=classes,
+    )
+
+
+def _is_number(column: pd.Series[Any]) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def _writer(name: str) -> _Write:
+    """How a column of the table is worded, by the unit in its name."""
+    if name.endswith("_bytes"):
+        return bytes_text
+    if name == "learning_rate":
+        return rate_text
+    if name == "train_seconds":
+        return seconds_text
+    if name in ("flops", "tokens", "num_trainable_params"):
+        return count_text
+    if name == "feasible":
+        return lambda feasible: "yes" if feasible else "no"
+    if COLUMNS.get(name, "Float64") == "Float64":
+        return lambda value: f"{value:.4g}"
+    return str

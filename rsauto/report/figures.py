@@ -1,0 +1,338 @@
+"""What the figures show. The page and report.md draw the same panels, so they cannot disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from rsauto.records import TrialRecord
+from rsauto.report.noise import configurations, full_runs
+from rsauto.report.panel import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Layer,
+    Panel,
+    Symbol,
+)
+from rsauto.report.pareto import pareto
+from rsauto.report.table import needed_bytes, table
+from rsauto.report.units import (
+    byte_unit,
+    bytes_text,
+    method_text,
+    objective_text,
+    rate_text,
+    value_text,
+)
+from rsauto.report.verdict import Verdict
+
+_METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
+_RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
+_RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "down")
+_UNFINISHED: dict[str, tuple[Symbol, str]] = {
+    "pruned": ("down", GREY),
+    "diverged": ("cross", VERMILLION),
+    "oom": ("plus", VERMILLION),
+    "infeasible": ("ring", VERMILLION),
+    "failed": ("cross", GREY),
+}
+
+
+def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel, ...]:
+    """The figures for which the records have something to show."""
+    trials = table(records)
+    if verdict.objective not in trials.columns or trials[verdict.objective].notna().sum() == 0:
+        return ()
+    found = (
+        _memory(trials, verdict),
+        _by_rank(trials, verdict),
+        _learning_rates(trials, verdict),
+        _curves(records),
+    )
+    return tuple(panel for panel in found if panel is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """The part of the objective's axis worth seeing, and the edge where the rest is drawn."""
+
+    low: float
+    high: float
+    edge: float
+
+    def place(self, value: float | None) -> float:
+        """The height at which a value is drawn; none, or one off the scale, goes to the edge."""
+        if value is None or not self.low <= value <= self.high:
+            return self.edge
+        return value
+
+
+def _scale(trials: pd.DataFrame, verdict: Verdict) -> _Scale:
+    """From the best value to the worst, but no further than twice the middle half's spread
+    beyond the quarter that is worse: one hopeless learning rate would flatten all else."""
+    values = full_runs(trials, verdict.objective)[verdict.objective].astype(float)
+    if values.empty:
+        values = trials[verdict.objective].dropna().astype(float)
+    lower, upper = float(values.quantile(0.25)), float(values.quantile(0.75))
+    reach = 2 * (upper - lower)
+    low, high = float(values.min()), float(values.max())
+    if verdict.minimize:
+        high = min(high, upper + reach)
+    else:
+        low = max(low, lower - reach)
+    pad = 0.06 * (high - low or abs(high) or 1.0)
+    low, high = low - pad, high + pad
+    return _Scale(low, high, high + pad if verdict.minimize else low - pad)
+
+
+def _y_range(scale: _Scale) -> tuple[float, float]:
+    pad = abs(scale.high - scale.low) * 0.05
+    return min(scale.low, scale.edge) - pad, max(scale.high, scale.edge) + pad
+
+
+def _points(
+    name: str, rows: pd.DataFrame, x: str, divisor: float, verdict: Verdict, scale: _Scale
+) -> Layer:
+    """A layer of trials; colour and symbol are the caller's."""
+    values = [None if pd.isna(v) else float(v) for v in rows[verdict.objective]]
+    return Layer(
+        name=name,
+        x=tuple(float(v) / divisor for v in rows[x]),
+        y=tuple(scale.place(v) for v in values),
+        colour=GREY,
+        hover=tuple(_hover(row, verdict.objective) for _, row in rows.iterrows()),
+    )
+
+
+def _hover(row: pd.Series[Any], objective: str) -> str:
+    """Lines about a trial, joined by newlines."""
+    value = row[objective]
+    peak = row["predicted_peak_bytes"]
+    return "\n".join(
+        (
+            f"trial {row['number']}, {row['outcome']}, seed {row['seed']}",
+            f"{method_text(row['method'])} rank {row['rank']}, alpha {row['alpha']}, "
+            f"learning rate {rate_text(row['learning_rate'])}",
+            f"{objective_text(objective)} {value_text(None if pd.isna(value) else float(value))}",
+            f"predicted peak {bytes_text(None if pd.isna(peak) else int(peak))}",
+        )
+    )
+
+
+def _trial_layers(
+    trials: pd.DataFrame, x: str, divisor: float, verdict: Verdict, scale: _Scale
+) -> list[Layer]:
+    """All trials: those that finished by method, the rest by how they ended."""
+    trials = trials[trials[x].notna()]
+    done = full_runs(trials, verdict.objective)
+    is_default = _is_default(done)
+    layers = []
+    for method in sorted(done["method"].unique(), reverse=True):
+        colour = _METHOD_COLOURS.get(method, GREY)
+        kinds: tuple[tuple[bool, Symbol], ...] = ((False, "circle"), (True, "square"))
+        for defaults, symbol in kinds:
+            rows = done[(done["method"] == method) & (is_default == defaults)]
+            name = f"{method_text(method)}{', default adapter' if defaults else ''}"
+            layer = _points(name, rows, x, divisor, verdict, scale)
+            layers.append(replace(layer, colour=colour, symbol=symbol, opacity=0.75))
+    rest = trials.drop(index=done.index)
+    for outcome, (symbol, colour) in _UNFINISHED.items():
+        layer = _points(outcome, rest[rest["outcome"] == outcome], x, divisor, verdict, scale)
+        layers.append(replace(layer, colour=colour, symbol=symbol, size=9.0))
+    return [layer for layer in layers if layer.x]
+
+
+def _is_default(done: pd.DataFrame) -> pd.Series[bool]:
+    """Trials of the default adapter, those that repeat it on another seed included."""
+    rows = configurations(done)
+    ours = rows[rows["roles"].str.contains("default", regex=False).astype(bool)]
+    numbers = {int(number) for joined in ours["numbers"] for number in joined.split(",")}
+    return done["number"].isin(numbers)
+
+
+def _marked(x: str, divisor: float, verdict: Verdict, scale: _Scale) -> list[Layer]:
+    """The means the verdict is about."""
+    shown: tuple[tuple[str, str, Symbol, str], ...] = (
+        ("default_tuned", "tuned default", "diamond", ORANGE),
+        ("best", "best", "diamond", GREEN),
+        ("recommended", "recommended", "star", VERMILLION),
+    )
+    layers = []
+    for key, name, symbol, colour in shown:
+        standing = verdict.standings.get(key)
+        at = None if standing is None else getattr(standing.record, x)
+        if standing is None or at is None:
+            continue
+        seeds = f", mean of {standing.num_seeds} seeds" if standing.num_seeds > 1 else ""
+        layers.append(
+            Layer(
+                name=name,
+                x=(at / divisor,),
+                y=(scale.place(standing.objective),),
+                colour=colour,
+                symbol=symbol,
+                size=15.0,
+                hover=(f"{name}{seeds}\nrank {standing.record.rank}: "
+                       f"{value_text(standing.objective)}",),
+            )
+        )  # fmt: skip
+    return layers
+
+
+def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
+    x = "predicted_peak_bytes"
+    if trials[x].notna().sum() == 0:
+        return None
+    divisor, unit = byte_unit(float(needed_bytes(trials).max()))
+    scale = _scale(trials, verdict)
+    front = pareto(trials, x, verdict.objective, verdict.minimize)
+    line = Layer(
+        name="Pareto front",
+        x=tuple(float(v) / divisor for v in front[x]),
+        y=tuple(scale.place(float(v)) for v in front[verdict.objective]),
+        colour=BLUE,
+        dash="solid",
+        is_step=True,
+        opacity=0.6,
+    )
+    name = objective_text(verdict.objective)
+    budget = verdict.memory_budget_bytes
+    # A budget far beyond every trial would squeeze them into a corner: it is told, not drawn.
+    is_near = budget is not None and budget < 4 * float(trials[x].max())
+    told = f" The memory budget is {bytes_text(budget)}." if budget is not None else ""
+    return Panel(
+        key="memory",
+        title=f"What memory buys: {name} against peak memory",
+        caption=f"Every trial at its predicted peak. The line joins the trials that no other beats "
+        f"in both. Trials without a value, or far off the scale, stand at the edge.{told}",
+        x_label=f"predicted peak memory ({unit})",
+        y_label=name,
+        layers=(*([line] if line.x else []), *_trial_layers(trials, x, divisor, verdict, scale),
+                *_marked(x, divisor, verdict, scale)),
+        y_range=_y_range(scale),
+        x_limit=budget / divisor if budget is not None and is_near else None,
+        x_limit_name="memory budget",
+    )  # fmt: skip
+
+
+def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
+    scale = _scale(trials, verdict)
+    done = full_runs(trials, verdict.objective)
+    lines = []
+    for method, group in done.groupby("method"):
+        best = group.groupby("rank")[verdict.objective]
+        line = (best.min() if verdict.minimize else best.max()).sort_index()
+        lines.append(
+            Layer(
+                name=f"best of {method_text(str(method))}",
+                x=tuple(float(rank) for rank in line.index),
+                y=tuple(scale.place(float(v)) for v in line),
+                colour=_METHOD_COLOURS.get(str(method), GREY),
+                dash="solid",
+            )
+        )
+    name = objective_text(verdict.objective)
+    return Panel(
+        key="rank",
+        title=f"What rank buys: {name} against rank",
+        caption="The line follows the best single trial of each rank; all trials are shown.",
+        x_label="rank",
+        y_label=name,
+        layers=(*(line for line in lines if len(line.x) > 1),
+                *_trial_layers(trials, "rank", 1.0, verdict, scale),
+                *_marked("rank", 1.0, verdict, scale)),
+        x_is_log=True,
+        x_ticks=tuple((float(rank), str(rank)) for rank in sorted(set(trials["rank"]))),
+        y_range=_y_range(scale),
+    )  # fmt: skip
+
+
+def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
+    scale = _scale(trials, verdict)
+    done = full_runs(trials, verdict.objective).sort_values("learning_rate", kind="stable")
+    layers = []
+    for index, ((rank, method), rows) in enumerate(done.groupby(["rank", "method"])):
+        layer = _points("", rows, "learning_rate", 1.0, verdict, scale)
+        layers.append(
+            replace(
+                layer,
+                name=f"{method_text(str(method))} {rank}",
+                colour=_RANK_COLOURS[index % len(_RANK_COLOURS)],
+                symbol=_RANK_SYMBOLS[index % len(_RANK_SYMBOLS)],
+                dash="dash" if method == "lora" else "solid",
+                opacity=0.85,
+            )
+        )
+    if not layers:
+        return None
+    name = objective_text(verdict.objective)
+    return Panel(
+        key="learning_rate",
+        title=f"Every rank's learning rate: {name} against it",
+        caption="Full-length trials, one line a method and rank. Where the lowest point is at the "
+        "end of a line, a wider range of learning rates may do better.",
+        x_label="learning rate",
+        y_label=name,
+        layers=tuple(layers),
+        x_is_log=True,
+        x_ticks=_rate_ticks(done["learning_rate"].astype(float)),
+        y_range=_y_range(scale),
+    )
+
+
+def _rate_ticks(rates: pd.Series[float]) -> tuple[tuple[float, str], ...]:
+    """1, 2 and 5 in every decade, from the one below the lowest rate to the one above the highest;
+    powers of ten alone if that would be too many to read."""
+    low, high = math.floor(math.log10(rates.min())), math.ceil(math.log10(rates.max()))
+    steps = (1, 2, 5) if high - low < 4 else (1,)
+    ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    inside = [t for t in ticks if rates.min() / 2.5 <= t <= rates.max() * 2.5]
+    return tuple((tick, rate_text(tick)) for tick in inside)
+
+
+def _curves(records: Sequence[TrialRecord]) -> Panel | None:
+    """Validation loss over the steps: solid where the trial finished, dotted where it did not."""
+    kinds = sorted({(r.rank, r.method) for r in records if r.curve})
+    layers = []
+    named: set[tuple[int, str]] = set()
+    for record in records:
+        points = [p for p in record.curve if math.isfinite(p.eval_loss)]
+        if not points:
+            continue
+        kind = (record.rank, record.method)
+        label = f"{method_text(record.method)} {record.rank}"
+        layers.append(
+            Layer(
+                name=label,
+                x=tuple(float(p.step) for p in points),
+                y=tuple(p.eval_loss for p in points),
+                colour=_RANK_COLOURS[kinds.index(kind) % len(_RANK_COLOURS)],
+                symbol="circle",
+                size=4.0,
+                dash="solid" if record.outcome == "complete" else "dot",
+                opacity=0.7,
+                hover=tuple(f"trial {record.number}, {label}, {record.outcome}" for _ in points),
+                in_legend=kind not in named,
+            )
+        )
+        named.add(kind)
+    if not layers:
+        return None
+    return Panel(
+        key="curves",
+        title="Loss curves",
+        caption="Validation loss at every evaluation; trials that were stopped are dotted.",
+        x_label="step",
+        y_label="eval loss",
+        layers=tuple(layers),
+    )

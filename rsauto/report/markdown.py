@@ -1,0 +1,79 @@
+"""report.md: the report where only Markdown is shown, such as a repository."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from rsauto import study_file
+from rsauto.report.cells import Grid, tiles
+from rsauto.report.panel import Panel
+from rsauto.report.table import Study
+from rsauto.report.verdict import Verdict
+
+
+def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel]) -> str:
+    """The verdict, the rank table, the figures, what did not finish, and the study file."""
+    parts = [
+        f"# {_inline(study.config.name)}",
+        "\n".join(f"- {_inline(sentence)}" for sentence in verdict.sentences),
+        _table(
+            ("", "", ""),
+            [(what, f"**{_inline(value)}**", remark) for what, value, remark in tiles(verdict)],
+            (False, True, False),
+            is_escaped=True,
+        ),
+    ]
+    if ranks.rows:
+        parts += ["## What each rank costs and what it buys",
+                  _table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
+    for panel in shown:
+        parts += [f"![{_inline(panel.title)}](figures/{panel.key}.svg)", _inline(panel.caption)]
+    parts += _unfinished(study)
+    parts += ["## Study", _fenced(study_file.dump(study.config), "yaml")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _unfinished(study: Study) -> list[str]:
+    counts = Counter(record.outcome for record in study.records)
+    if not counts:
+        return []
+    told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+    errors = [
+        (str(record.number), record.outcome, record.error)
+        for record in study.records
+        if record.error
+    ]
+    parts = ["## How the trials ended", f"{told}. All of them are in `tradeoff.csv`."]
+    if errors:
+        parts.append(_table(("trial", "outcome", "error"), errors, (True, False, False)))
+    return parts
+
+
+def _table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    is_number: Sequence[bool],
+    *,
+    is_escaped: bool = False,
+) -> str:
+    write = str if is_escaped else _inline
+    lines = [[write(header) for header in headers]]
+    lines.append(["---:" if right else "---" for right in is_number])
+    lines += [[write(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _inline(text: str) -> str:
+    """Text on one line that neither Markdown nor HTML nor a table takes for markup."""
+    one_line = " ".join(text.split())
+    escaped = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,199 @@
+"""Repeated seeds: which trials repeat one another, and how far apart two means must be.
+
+Notation
+    n_i      seeds of configuration i, s_i their standard deviation
+    nu       degrees of freedom, sum_i (n_i - 1)
+    s_p      pooled standard deviation, s_p^2 = sum_i (n_i - 1) s_i^2 / nu
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from rsauto.report.table import metric_columns
+
+CONFIGURATION = (
+    "method",
+    "rank",
+    "init_rank",
+    "target_rank",
+    "alpha",
+    "scaling_rule",
+    "scaling_exponent",
+    "init_scale",
+    "target_modules",
+    "learning_rate",
+    "lr_ratio",
+    "lambda_lr_ratio",
+    "optimizer",
+    "schedule",
+    "warmup_share",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "max_length",
+    "num_evals",
+)
+"""What makes two trials repetitions of one another, with the planned number of steps: everything
+that decides a trial but its seed. How a batch is split (micro_batch_size) changes only rounding."""
+
+_AVERAGED = (
+    "eval_loss",
+    "perplexity",
+    "train_loss",
+    "train_seconds",
+    "train_time",
+    "tokens_per_second",
+)
+_LARGEST = ("measured_peak_bytes", "accelerator_memory_max")
+
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""0.975 quantiles of Student's t for 1 to 30 degrees of freedom (NIST/SEMATECH e-Handbook of
+Statistical Methods, section 1.3.6.7.2)."""
+
+_Z_975 = 1.959964
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """How much an objective moves when nothing but the seed changes."""
+
+    pooled_deviation: float
+    """s_p, in the objective's own unit."""
+    degrees_of_freedom: int
+    num_configurations: int
+    """Configurations with two or more seeds, all taken to be equally noisy."""
+
+    def half_width(self, num_seeds: int, other_num_seeds: int) -> float:
+        """Half width of the 95 % interval of a difference of two means over seeds,
+
+            t_{0.975, nu} s_p sqrt(1/n + 1/m)
+
+        (two-sample interval with a pooled deviation, NIST/SEMATECH e-Handbook, section 7.3.1.1).
+        Seeds that two configurations share are not paired up, which makes it too wide, if anything.
+        """
+        if num_seeds < 1 or other_num_seeds < 1:
+            raise ValueError(f"a mean needs a seed or more, got {num_seeds=}, {other_num_seeds=}")
+        spread = math.sqrt(1 / num_seeds + 1 / other_num_seeds)
+        return t_quantile(self.degrees_of_freedom) * self.pooled_deviation * spread
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """0.975 quantile of Student's t; beyond the table z + (z^3 + z) / (4 nu), the first term of
+    Abramowitz and Stegun 26.7.5, which is right to three decimals there."""
+    if degrees_of_freedom < 1:
+        raise ValueError(f"degrees_of_freedom must be at least 1, got {degrees_of_freedom}")
+    if degrees_of_freedom <= len(_T_975):
+        return _T_975[degrees_of_freedom - 1]
+    return _Z_975 + (_Z_975**3 + _Z_975) / (4 * degrees_of_freedom)
+
+
+def full_runs(trials: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """The rows that may be compared: complete, at full length, with a value of the objective.
+
+    A column that a hand-made table lacks restricts nothing.
+    """
+    kept = trials[objective].notna()
+    if "outcome" in trials.columns:
+        kept &= (trials["outcome"] == "complete").fillna(False)
+    if "fidelity" in trials.columns:
+        kept &= (trials["fidelity"] > 1 - 1e-6).fillna(True)
+    return trials[kept.astype(bool)]
+
+
+def configurations(trials: pd.DataFrame) -> pd.DataFrame:
+    """One row a configuration, in the order in which they first appear.
+
+    Losses, metrics and times are means over seeds (a seed that ran twice counts once, as its own
+    mean), measured peaks the largest; the rest is that of one trial, preferably one that ran alone.
+    Added columns: num_seeds, and roles and numbers, those of its trials joined by commas.
+    """
+    averaged = [name for name in (*_AVERAGED, *metric_columns(trials)) if _is_number(trials, name)]
+    groups: dict[Hashable, list[int]] = {}
+    for position, key in enumerate(_keys(trials)):
+        groups.setdefault(key, []).append(position)
+    rows = [_merged(trials.iloc[positions], averaged) for positions in groups.values()]
+    merged = pd.concat(rows) if rows else trials.assign(num_seeds=0, roles="", numbers="")
+    return merged.astype({"num_seeds": "Int64", "roles": "string", "numbers": "string"})
+
+
+def seed_noise(trials: pd.DataFrame, objective: str = "eval_loss") -> Noise | None:
+    """Pooled deviation over all configurations that ran on two or more seeds; None without any."""
+    runs = full_runs(trials, objective)
+    groups: dict[Hashable, dict[Hashable, list[float]]] = {}
+    for key, seed, value in zip(_keys(runs), _seeds(runs), runs[objective], strict=True):
+        groups.setdefault(key, {}).setdefault(seed, []).append(float(value))
+    repeated = [
+        [statistics.fmean(values) for values in by_seed.values()]
+        for by_seed in groups.values()
+        if len(by_seed) > 1
+    ]
+    if not repeated:
+        return None
+    freedom = sum(len(means) - 1 for means in repeated)
+    variance = sum((len(means) - 1) * statistics.variance(means) for means in repeated) / freedom
+    return Noise(
+        pooled_deviation=math.sqrt(variance),
+        degrees_of_freedom=freedom,
+        num_configurations=len(repeated),
+    )
+
+
+def _merged(group: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
+    """A configuration's trials as one row."""
+    order = group
+    if "measured_peak_bytes" in group.columns:
+        order = group.assign(_shared=group["measured_peak_bytes"].isna())
+        order = order.sort_values("_shared", kind="stable").drop(columns="_shared")
+    row = order.head(1).copy()
+    seeds = pd.Series(_seeds(group), index=group.index)
+    for name in averaged:
+        row[name] = group[name].groupby(seeds).mean().mean()
+    for name in _LARGEST:
+        if name in group.columns:
+            row[name] = group[name].max()
+    row["num_seeds"] = seeds.nunique()
+    for name, source in (("roles", "role"), ("numbers", "number")):
+        there: set[Any] = set(group[source].dropna()) if source in group.columns else set()
+        row[name] = ",".join(map(str, sorted(there)))
+    return row
+
+
+def _keys(trials: pd.DataFrame) -> list[Hashable]:
+    """The configuration of every row. NA equals NA here, which pandas' own grouping does not
+    promise for its nullable types."""
+    names = [name for name in CONFIGURATION if name in trials.columns]
+    columns = [[None if pd.isna(v) else v for v in trials[name]] for name in names]
+    columns.append(_planned_steps(trials))
+    return list(zip(*columns, strict=True))
+
+
+def _planned_steps(trials: pd.DataFrame) -> list[Any]:
+    """Steps of a full-length run: the steps done over their share of it."""
+    if "steps" not in trials.columns or "fidelity" not in trials.columns:
+        return [None] * len(trials)
+    return [
+        None if pd.isna(steps) or pd.isna(share) or not share else round(steps / share)
+        for steps, share in zip(trials["steps"], trials["fidelity"], strict=True)
+    ]
+
+
+def _seeds(trials: pd.DataFrame) -> list[Hashable]:
+    """The seed of every row; rows of a table without seeds count as different ones."""
+    if "seed" not in trials.columns:
+        return list(range(len(trials)))
+    return [None if pd.isna(seed) else int(seed) for seed in trials["seed"]]
+
+
+def _is_number(trials: pd.DataFrame, name: str) -> bool:
+    return name in trials.columns and pd.api.types.is_numeric_dtype(trials[name])

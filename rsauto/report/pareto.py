@@ -1,0 +1,174 @@
+"""The two questions asked of a table of trials: what cannot be beaten, and which rank to take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pandas as pd
+
+from rsauto.config import parse_bytes
+from rsauto.errors import InputError, nearest
+from rsauto.report.noise import configurations, full_runs
+from rsauto.report.table import metric_columns, needed_bytes
+from rsauto.report.units import bytes_text
+
+MINIMISED = frozenset({"eval_loss", "perplexity", "train_loss"})
+"""Objectives of which less is better; every other metric is taken to be better when larger."""
+
+
+def pareto(
+    trials: pd.DataFrame,
+    x: str = "predicted_peak_bytes",
+    y: str = "eval_loss",
+    minimize_y: bool = True,
+) -> pd.DataFrame:
+    """The complete, feasible trials that no other one beats, sorted by ``x``.
+
+    One trial beats another if it is no worse in both and better in one; ``x`` is a cost, less is
+    better. Trials that are equal in both are all kept. Trials without a value of ``x`` or ``y``
+    take no part.
+    """
+    for name in (x, y):
+        _check_column(trials, name)
+    runs = full_runs(trials, y)
+    if "feasible" in runs.columns:
+        runs = runs[runs["feasible"].astype(bool)]
+    runs = runs[runs[x].notna()]
+    runs = runs.sort_values([x, y], ascending=[True, minimize_y], kind="stable")
+    kept: list[bool] = []
+    front: tuple[float, float] | None = None
+    for cost, value in zip(runs[x].astype(float), runs[y].astype(float), strict=True):
+        better = front is None or (value < front[1] if minimize_y else value > front[1])
+        kept.append(better or (cost, value) == front)
+        if better:
+            front = (cost, value)
+    return runs[pd.Series(kept, index=runs.index, dtype=bool)]
+
+
+def select_rank(
+    trials: pd.DataFrame,
+    memory_budget: int | str | None = None,
+    within: float = 0.01,
+    prefer: Literal["cheapest", "largest"] = "cheapest",
+    objective: str = "eval_loss",
+    minimize: bool | None = None,
+    *,
+    min_seeds: int = 1,
+    tolerance: float = 0.0,
+) -> pd.Series[Any]:
+    """The row of the configuration to take, averaged over its seeds (see ``configurations``).
+
+    Considered are full-length complete trials that need no more than ``memory_budget`` (bytes, or
+    text such as "24GiB"; None takes the budget each trial ran under), defaults included.
+
+    cheapest  of those no further from the best than ``within`` (relative to it) or ``tolerance``
+              (absolute, whichever is more), the one with the lowest predicted peak memory, then the
+              fewest FLOPs, then the best objective
+    largest   the largest rank, at its best objective: the rule of the rsLoRA paper
+
+    ``min_seeds`` leaves out configurations that ran on fewer seeds: the best of many single runs is
+    partly luck. ``minimize`` None decides by the objective's name. Raises InputError if nothing
+    fits, or an argument makes no sense.
+    """
+    _check_arguments(trials, within, prefer, objective)
+    rows = configurations(full_runs(trials, objective))
+    return choose(
+        rows[rows["num_seeds"] >= min_seeds],
+        _budget(memory_budget),
+        within,
+        prefer,
+        objective=objective,
+        minimize=objective in MINIMISED if minimize is None else minimize,
+        tolerance=tolerance,
+    )
+
+
+def choose(
+    rows: pd.DataFrame,
+    memory_budget_bytes: int | None,
+    within: float,
+    prefer: Literal["cheapest", "largest"] = "cheapest",
+    *,
+    objective: str,
+    minimize: bool,
+    tolerance: float = 0.0,
+) -> pd.Series[Any]:
+    """``select_rank`` on rows that are configurations already, one row each."""
+    rows = _fitting(rows, memory_budget_bytes, objective)
+    loss = rows[objective].astype(float) * (1.0 if minimize else -1.0)
+    if prefer == "largest":
+        kept = rows["rank"] == rows["rank"].max()
+    else:
+        best = float(loss.min())
+        margin = max(within * abs(best), tolerance)
+        # The last term keeps a row in that lies on the limit but for rounding.
+        kept = loss - best <= margin + 1e-12 * abs(best)
+    near = rows[kept].assign(_loss=loss[kept])
+    costs = [name for name in ("predicted_peak_bytes", "flops") if name in near.columns]
+    order = ["_loss", *costs] if prefer == "largest" else [*costs, "_loss"]
+    chosen: pd.Series[Any] = near.sort_values(order, kind="stable").drop(columns="_loss").iloc[0]
+    return chosen
+
+
+def fits(rows: pd.DataFrame, memory_budget_bytes: int | None) -> pd.Series[bool]:
+    """Whether each row needs no more than the budget; None takes the one it ran under.
+
+    A row of which no peak is known does not count as fitting a budget that is given.
+    """
+    if memory_budget_bytes is not None:
+        return (needed_bytes(rows) <= memory_budget_bytes).fillna(False).astype(bool)
+    if "feasible" in rows.columns:
+        return rows["feasible"].astype(bool)
+    return pd.Series(True, index=rows.index, dtype=bool)
+
+
+def _fitting(rows: pd.DataFrame, budget: int | None, objective: str) -> pd.DataFrame:
+    """Rows within the budget. Raises InputError that says what the smallest one would need."""
+    if rows.empty:
+        raise InputError(
+            f"no trial finished at full length with a value of {objective}: continue the study"
+        )
+    fitting = rows[fits(rows, budget)]
+    if not fitting.empty:
+        return fitting
+    needs = needed_bytes(rows)
+    if needs.isna().all():
+        raise InputError("no trial has a peak memory, predicted or measured: leave out the budget")
+    least = rows[(needs == needs.min()).fillna(False).astype(bool)].iloc[0]
+    limit = least["memory_budget_bytes"] if budget is None else budget
+    raise InputError(
+        f"no configuration fits the memory budget of {bytes_text(limit)}: the smallest, "
+        f"rank {least['rank']}, needs {bytes_text(int(needs.min()))}"
+    )
+
+
+def _check_arguments(trials: pd.DataFrame, within: float, prefer: str, objective: str) -> None:
+    if prefer not in ("cheapest", "largest"):
+        raise InputError(f"prefer must be 'cheapest' or 'largest', got {prefer!r}")
+    if not (math.isfinite(within) and within >= 0):
+        raise InputError(f"within must be a share such as 0.01, zero or more, got {within!r}")
+    _check_column(trials, objective)
+
+
+def _check_column(trials: pd.DataFrame, name: str) -> None:
+    if name in trials.columns and pd.api.types.is_numeric_dtype(trials[name]):
+        return
+    objectives = [c for c in sorted(MINIMISED) if c in trials.columns] + metric_columns(trials)
+    reason = "is not a number" if name in trials.columns else "is not a column of the table"
+    raise InputError(
+        f"{name!r} {reason}; objectives are {', '.join(objectives)}."
+        + nearest(name, map(str, trials.columns))
+    )
+
+
+def _budget(memory_budget: int | str | None) -> int | None:
+    if memory_budget is None:
+        return None
+    try:
+        parsed = parse_bytes(memory_budget)
+    except ValueError as error:
+        raise InputError(f"memory_budget {memory_budget!r}: {error}") from None
+    if isinstance(parsed, bool) or not isinstance(parsed, int):
+        raise InputError(f"memory_budget {memory_budget!r}: give a size such as 24GiB")
+    return parsed

@@ -1,0 +1,109 @@
+"""What each rank costs in memory, time and compute, and what it buys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from rsauto.records import TrialRecord
+from rsauto.report.noise import configurations, full_runs
+from rsauto.report.pareto import fits
+from rsauto.report.table import needed_bytes, table
+from rsauto.report.verdict import Verdict
+
+RANK_COLUMNS = {
+    "method": "string",
+    "rank": "Int64",
+    "num_trials": "Int64",
+    "num_complete": "Int64",
+    "objective": "Float64",
+    "num_seeds": "Int64",
+    "best_single": "Float64",
+    "alpha": "Int64",
+    "learning_rate": "Float64",
+    "predicted_peak_bytes": "Int64",
+    "measured_peak_bytes": "Int64",
+    "num_trainable_params": "Int64",
+    "adapter_bytes": "Int64",
+    "train_seconds": "Float64",
+    "flops": "Float64",
+    "fits": "boolean",
+    "marks": "string",
+}
+"""Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
+best_single the best single trial; the settings and costs are those of that configuration."""
+
+_COSTS = (
+    "predicted_peak_bytes",
+    "measured_peak_bytes",
+    "num_trainable_params",
+    "adapter_bytes",
+    "train_seconds",
+    "flops",
+)
+
+
+def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame:
+    """One row for every method and rank, smallest rank first.
+
+    A rank's configuration is the best of those that ran on the most seeds at that rank. A rank of
+    which nothing finished still shows what it would need; ``fits`` is NA where that is not known.
+    ``marks`` names the rows that the verdict is about: recommended, best, default_tuned, default.
+    """
+    trials = table(records)
+    if verdict.objective not in trials.columns:
+        trials[verdict.objective] = pd.array([None] * len(trials), dtype="Float64")
+    rows = [
+        _row(group, verdict)
+        for _, group in trials.groupby(["rank", "method"], sort=True, observed=True)
+    ]
+    return pd.DataFrame(rows, columns=list(RANK_COLUMNS)).astype(RANK_COLUMNS)
+
+
+def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
+    runs = full_runs(group, verdict.objective)
+    first = group.iloc[0]
+    row: dict[str, Any] = {
+        "method": first["method"],
+        "rank": first["rank"],
+        "num_trials": len(group),
+        "num_complete": len(runs),
+        "fits": _fits(group, verdict.memory_budget_bytes),
+        "marks": _marks(int(first["rank"]), str(first["method"]), verdict),
+    }
+    if runs.empty:
+        return row | {name: group[name].min() for name in _COSTS[:3]}
+    rows = configurations(runs)
+    rows = rows[rows["num_seeds"] == rows["num_seeds"].max()]
+    best = rows.sort_values(verdict.objective, ascending=verdict.minimize, kind="stable").iloc[0]
+    single = runs[verdict.objective]
+    row |= {name: best[name] for name in ("num_seeds", "alpha", "learning_rate", *_COSTS)}
+    return row | {
+        "objective": best[verdict.objective],
+        "best_single": single.min() if verdict.minimize else single.max(),
+    }
+
+
+def _fits(group: pd.DataFrame, budget: int | None) -> bool | None:
+    """Whether any trial of a rank fits; unknown where no peak is and none was refused."""
+    ran = ~group["outcome"].isin(["infeasible", "oom"])
+    if (ran & fits(group, budget)).any():
+        return True
+    known = needed_bytes(group).notna() | ~ran
+    return False if known.all() else None
+
+
+def _marks(rank: int, method: str, verdict: Verdict) -> str:
+    named = {
+        "recommended": verdict.recommended,
+        "best": verdict.best,
+        "tuned default": verdict.default_tuned,
+        "default": verdict.default,
+    }
+    return ", ".join(
+        name
+        for name, record in named.items()
+        if record is not None and (record.rank, record.method) == (rank, method)
+    )

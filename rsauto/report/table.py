@@ -1,0 +1,266 @@
+"""Records as a table: trials.jsonl read strictly, one row a trial, columns with fixed types."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
+
+from rsauto import study_file
+from rsauto.config import StudyConfig
+from rsauto.errors import InputError
+from rsauto.records import TrialRecord
+
+COLUMNS: Mapping[str, str] = {
+    "number": "Int64",
+    "outcome": "string",
+    "role": "string",
+    "method": "string",
+    "engine": "string",
+    "rank": "Int64",
+    "init_rank": "Int64",
+    "target_rank": "Int64",
+    "r_max": "Int64",
+    "rank_pattern": "string",
+    "alpha": "Int64",
+    "scaling_rule": "string",
+    "scaling_exponent": "Float64",
+    "init_scale": "Float64",
+    "gamma_r": "Float64",
+    "target_modules": "string",
+    "learning_rate": "Float64",
+    "lr_ratio": "Float64",
+    "lambda_lr_ratio": "Float64",
+    "optimizer": "string",
+    "schedule": "string",
+    "warmup_share": "Float64",
+    "weight_decay": "Float64",
+    "max_grad_norm": "Float64",
+    "batch_size": "Int64",
+    "micro_batch_size": "Int64",
+    "max_length": "Int64",
+    "seed": "Int64",
+    "steps": "Int64",
+    "num_evals": "Int64",
+    "tokens": "Int64",
+    "fidelity": "Float64",
+    "eval_loss": "Float64",
+    "perplexity": "Float64",
+    "num_trainable_params": "Int64",
+    "adapter_bytes": "Int64",
+    "flops": "Float64",
+    "predicted_peak_bytes": "Int64",
+    "predicted_reserved_bytes": "Int64",
+    "measured_peak_bytes": "Int64",
+    "memory_budget_bytes": "Int64",
+    "pack_id": "string",
+    "pack_size": "Int64",
+    "pack_peak_bytes": "Int64",
+    "train_seconds": "Float64",
+    "tokens_per_second": "Float64",
+    "retry_of": "Int64",
+    "worker": "string",
+    "started_at": "string",
+    "error": "string",
+}
+"""Fields of a record that become columns. Lists of modules are joined by commas, rank_pattern is
+JSON. The curve and activation_moments are left out; metrics become columns of their own name."""
+
+LEFT_OUT = frozenset({"metrics", "curve", "activation_moments"})
+
+PEFT_NAMES: Mapping[str, str] = {
+    "accelerator_memory_max": "measured_peak_bytes",
+    "train_time": "train_seconds",
+    "file_size": "adapter_bytes",
+    "train_total_tokens": "tokens",
+    "created_at": "started_at",
+}
+"""Names of PEFT's method_comparison for columns of ours, added so that both can be read alike.
+
+num_trainable_params has the same name there, and train_loss is the last point of the curve. One
+difference: PEFT's memory is what the allocator reserved less a baseline, ours what was allocated.
+"""
+
+_NEEDS = ("predicted_peak_bytes", "predicted_reserved_bytes", "measured_peak_bytes")
+_RECORD = TypeAdapter(TrialRecord)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study folder as read: nothing of it is computed but the table."""
+
+    folder: Path
+    config: StudyConfig
+    environment: dict[str, Any]
+    records: tuple[TrialRecord, ...]
+    trials: pd.DataFrame
+
+
+def load_study(folder: Path) -> Study:
+    """Read study.yaml, environment.json (may be absent) and trials.jsonl.
+
+    Raises InputError that names the file, and the line or setting, that cannot be read.
+    """
+    folder = Path(folder)
+    records = tuple(read_records(folder))
+    return Study(
+        folder=folder,
+        config=study_file.load(folder / "study.yaml"),
+        environment=_read_environment(folder / "environment.json"),
+        records=records,
+        trials=table(records),
+    )
+
+
+def read_records(folder: Path) -> list[TrialRecord]:
+    """The records of trials.jsonl in the order of the file.
+
+    Raises InputError for a missing file and for every line that is no record; a last line that was
+    cut off is an error too, since a report that leaves a trial out in silence would be wrong.
+    """
+    path = Path(folder) / "trials.jsonl"
+    lines = _read_text(path).split("\n")
+    cut_off = len(lines) if lines[-1].strip() else None
+    records: list[TrialRecord] = []
+    line_of: dict[int, int] = {}
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _record(line)
+        except ValueError as error:
+            problems.append(_line_problem(path, number, error, is_cut_off=number == cut_off))
+            continue
+        if record.number in line_of:
+            first = line_of[record.number]
+            problems.append(f"{path} has trial {record.number} twice: lines {first} and {number}")
+        line_of[record.number] = number
+        records.append(record)
+    if problems:
+        raise InputError(problems)
+    return records
+
+
+def table(records: Sequence[TrialRecord]) -> pd.DataFrame:
+    """One row a trial, every scalar field and metric a column; the same columns for no rows at all.
+
+    Beside the fields: train_loss (last point of the curve), one column a metric (``metric_NAME``
+    where a field has that name), feasible (see ``feasible``), and PEFT_NAMES.
+    """
+    columns: dict[str, Any] = {
+        name: _column([_cell(getattr(record, name)) for record in records], dtype)
+        for name, dtype in COLUMNS.items()
+    }
+    last_losses = [record.curve[-1].train_loss if record.curve else None for record in records]
+    columns["train_loss"] = _column(last_losses, "Float64")
+    taken = {*COLUMNS, *PEFT_NAMES, "train_loss", "feasible"}
+    for metric in sorted({name for record in records for name in record.metrics}):
+        name = f"metric_{metric}" if metric in taken else metric
+        columns[name] = _column([record.metrics.get(metric) for record in records], "Float64")
+    frame = pd.DataFrame(columns)
+    frame["feasible"] = feasible(frame)
+    for name, source in PEFT_NAMES.items():
+        frame[name] = frame[source]
+    return frame
+
+
+def metric_columns(trials: pd.DataFrame) -> list[str]:
+    """Columns of a table that came from metrics."""
+    ours = {*COLUMNS, *PEFT_NAMES, "train_loss", "feasible"}
+    return [str(name) for name in trials.columns if name not in ours]
+
+
+def needed_bytes(trials: pd.DataFrame) -> pd.Series[Any]:
+    """Memory a trial needs on its device: the largest of predicted peak, predicted reserved and
+    measured peak, of those that are known; NA where none is."""
+    known = [trials[name].astype("Int64") for name in _NEEDS if name in trials.columns]
+    if not known:
+        return pd.Series(pd.NA, index=trials.index, dtype="Int64")
+    return pd.concat(known, axis=1).max(axis=1).astype("Int64")
+
+
+def feasible(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Whether a trial fits its own memory budget: neither refused nor out of memory, and every
+    known peak within the budget. Says nothing about the loss: a diverged trial may be feasible."""
+    fits = ~trials["outcome"].isin(["infeasible", "oom"])
+    over = (needed_bytes(trials) > trials["memory_budget_bytes"]).fillna(False)
+    return (fits & ~over).astype(bool)
+
+
+def _record(line: str) -> TrialRecord:
+    """A checked record. Raises ValueError that says what is wrong with the line."""
+    data = json.loads(line)
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    # A metric that was not finite is written as null; absent says the same.
+    data["metrics"] = _without_null(data.get("metrics"))
+    for point in data.get("curve") or ():
+        point["metrics"] = _without_null(point.get("metrics"))
+    try:
+        record = TrialRecord.from_json(data)
+        return _RECORD.validate_python(dataclasses.asdict(record))
+    except ValidationError as error:
+        places = (
+            f"{'.'.join(map(str, e['loc']))} is {str(e['input'])[:60]!r}: {e['msg']}"
+            for e in error.errors()
+        )
+        raise ValueError("; ".join(places)) from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error).replace("TrialRecord.__init__()", "it")) from None
+
+
+def _without_null(metrics: Any) -> dict[str, Any]:
+    return {name: value for name, value in (metrics or {}).items() if value is not None}
+
+
+def _line_problem(path: Path, number: int, error: ValueError, *, is_cut_off: bool) -> str:
+    if is_cut_off and isinstance(error, json.JSONDecodeError):
+        return (
+            f"{path} line {number} is cut off: its writer was interrupted. Continue the study with "
+            "the same command, which writes the file anew, or delete that line"
+        )
+    return f"{path} line {number} is not a trial record: {error}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is not there: give the folder of a study, such as runs/<study name>"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    """Every key is optional, so a study without the file only has less to show."""
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return data
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
+
+def _column(values: Sequence[Any], dtype: str) -> Any:
+    """Values as a pandas array; a number that is not finite counts as absent."""
+    plain = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
+    return pd.array(plain, dtype=dtype)  # type: ignore[call-overload]

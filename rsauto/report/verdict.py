@@ -1,0 +1,306 @@
+"""What the study says: the default, the tuned default, the best, the one to take, and the gain.
+
+The headline compares what is recommended with the tuned default, means over the same number of
+seeds. The best of many single runs is partly luck, so once finalists ran on several seeds only
+configurations with as many seeds as they have are candidates. Defaults are candidates like any
+other: where they win, the verdict says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from rsauto.config import StudyConfig
+from rsauto.errors import InputError, nearest
+from rsauto.records import TrialRecord
+from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
+from rsauto.report.pareto import choose, fits
+from rsauto.report.table import metric_columns, needed_bytes, table
+from rsauto.report.wording import sentences
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A configuration as its seeds show it."""
+
+    record: TrialRecord
+    """The trial that stands for it, one that ran alone where there is one."""
+    objective: float
+    """Mean over its seeds."""
+    num_seeds: int
+    need_bytes: int | None
+    """The largest of its known peaks, predicted and measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """How much better one configuration is than another; positive is better."""
+
+    difference: float
+    half_width: float | None
+    """Of the 95 % interval of the difference; None without repeated seeds."""
+    relative: float | None
+    """Share of the other's objective; None where that is zero."""
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half_width is not None and abs(self.difference) > self.half_width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TooLarge:
+    """A rank of which no trial fits the memory budget."""
+
+    rank: int
+    need_bytes: int | None
+    """The least that any of its trials needs."""
+    ran_out: bool
+    """Planned to fit, but ran out of memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The study's answer. What the records do not support is None."""
+
+    objective: str
+    minimize: bool
+    memory_budget_bytes: int | None
+    within: float
+    num_trials: int
+    num_complete: int
+    """Trials that may be compared: complete, at full length."""
+    candidate_seeds: int
+    """Seeds a configuration must have run on to be best or recommended."""
+    baseline: float | None
+    """The objective of the untouched base model."""
+    noise: Noise | None
+    default: TrialRecord | None
+    """PEFT's and Trainer's defaults, however that trial ended."""
+    default_tuned: TrialRecord | None
+    best: TrialRecord | None
+    recommended: TrialRecord | None
+    standings: Mapping[str, Standing]
+    """Means behind default, default_tuned, best and recommended, where they finished."""
+    gain: Gain | None
+    """Of recommended over default_tuned; None where either is missing or they are the same."""
+    too_large: tuple[TooLarge, ...]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The verdict in words: which rank to take and why, the gain, what did not fit."""
+        return sentences(self)
+
+    @property
+    def sentence(self) -> str:
+        return " ".join(self.sentences)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    """What is asked of the table, the same for every part of the verdict."""
+
+    objective: str
+    minimize: bool
+    budget: int | None
+    within: float
+    seeds: int
+
+
+def judge(
+    config: StudyConfig, records: Sequence[TrialRecord], environment: Mapping[str, Any]
+) -> Verdict:
+    """The verdict on a study, finished or not, from its records alone.
+
+    Raises InputError if trials finished and none has the study's objective.
+    """
+    asked = _Question(
+        objective=config.search.objective,
+        minimize=config.search.minimize,
+        budget=_memory_budget(config, records, environment),
+        within=config.search.within,
+        seeds=config.search.seeds,
+    )
+    trials = _with_objective(table(records), asked.objective)
+    runs = full_runs(trials, asked.objective)
+    rows = configurations(runs)
+    noise = seed_noise(trials, asked.objective)
+    min_seeds = _most_seeds(rows[fits(rows, asked.budget)], "search", asked.seeds)
+    standings = _standings(rows, records, asked, min_seeds, noise)
+    default = next((record for record in records if record.role == "default"), None)
+    stands_for = {name: standing.record for name, standing in standings.items()}
+    return Verdict(
+        objective=asked.objective,
+        minimize=asked.minimize,
+        memory_budget_bytes=asked.budget,
+        within=asked.within,
+        num_trials=len(records),
+        num_complete=len(runs),
+        candidate_seeds=min_seeds,
+        baseline=_baseline(environment, asked.objective),
+        noise=noise,
+        default=stands_for.get("default", default),
+        default_tuned=stands_for.get("default_tuned"),
+        best=stands_for.get("best"),
+        recommended=stands_for.get("recommended"),
+        standings=standings,
+        gain=_headline(standings, noise, asked.minimize),
+        too_large=_too_large(trials, asked.budget),
+    )
+
+
+def gain_over(new: Standing, old: Standing, noise: Noise | None, *, minimize: bool) -> Gain:
+    """How much better ``new`` is than ``old``, with the interval that their seeds allow."""
+    sign = 1.0 if minimize else -1.0
+    difference = sign * (old.objective - new.objective)
+    return Gain(
+        difference=difference,
+        half_width=None if noise is None else noise.half_width(new.num_seeds, old.num_seeds),
+        relative=difference / abs(old.objective) if old.objective else None,
+    )
+
+
+def _headline(
+    standings: Mapping[str, Standing], noise: Noise | None, minimize: bool
+) -> Gain | None:
+    new, old = standings.get("recommended"), standings.get("default_tuned")
+    if new is None or old is None or new.record.number == old.record.number:
+        return None
+    return gain_over(new, old, noise, minimize=minimize)
+
+
+def _standings(
+    rows: pd.DataFrame,
+    records: Sequence[TrialRecord],
+    asked: _Question,
+    min_seeds: int,
+    noise: Noise | None,
+) -> dict[str, Standing]:
+    """The four configurations the verdict is about, as far as they finished."""
+    tolerance = 0.0 if noise is None else noise.half_width(min_seeds, min_seeds)
+    chosen = {
+        "default": _default(rows),
+        "default_tuned": _default_tuned(rows, asked),
+        "best": _take(rows, asked, min_seeds, within=0.0, tolerance=0.0),
+        "recommended": _take(rows, asked, min_seeds, within=asked.within, tolerance=tolerance),
+    }
+    by_number = {record.number: record for record in records}
+    return {
+        name: _standing(row, asked.objective, by_number)
+        for name, row in chosen.items()
+        if row is not None
+    }
+
+
+def _standing(
+    row: pd.Series[Any], objective: str, by_number: Mapping[int, TrialRecord]
+) -> Standing:
+    need = needed_bytes(row.to_frame().T).iloc[0]
+    return Standing(
+        record=by_number[int(row["number"])],
+        objective=float(row[objective]),
+        num_seeds=int(row["num_seeds"]),
+        need_bytes=None if pd.isna(need) else int(need),
+    )
+
+
+def _take(
+    rows: pd.DataFrame, asked: _Question, min_seeds: int, *, within: float, tolerance: float
+) -> pd.Series[Any] | None:
+    """The configuration to take, or None where none finished within the budget."""
+    candidates = rows[(rows["num_seeds"] >= min_seeds) & fits(rows, asked.budget)]
+    if candidates.empty:
+        return None
+    return choose(
+        candidates,
+        asked.budget,
+        within,
+        objective=asked.objective,
+        minimize=asked.minimize,
+        tolerance=tolerance,
+    )
+
+
+def _default(rows: pd.DataFrame) -> pd.Series[Any] | None:
+    ours = rows[_has_role(rows, "default")]
+    return None if ours.empty else ours.iloc[0]
+
+
+def _default_tuned(rows: pd.DataFrame, asked: _Question) -> pd.Series[Any] | None:
+    """The default adapter at its best learning rate; the default rate is one of those tried."""
+    ours = rows[_has_role(rows, "default") | _has_role(rows, "default_tuned")]
+    if ours.empty:
+        return None
+    min_seeds = _most_seeds(ours, "default_tuned", asked.seeds)
+    ours = ours[ours["num_seeds"] >= min_seeds]
+    return ours.sort_values(asked.objective, ascending=asked.minimize, kind="stable").iloc[0]
+
+
+def _most_seeds(rows: pd.DataFrame, role: str, seeds: int) -> int:
+    """The most seeds that a configuration with a trial of this role ran on, at most ``seeds``.
+
+    One while none was repeated: then everything that finished is a candidate.
+    """
+    repeats = rows.loc[_has_role(rows, role), "num_seeds"]
+    return min(seeds, max([1, *map(int, repeats)]))
+
+
+def _has_role(rows: pd.DataFrame, role: str) -> pd.Series[bool]:
+    return rows["roles"].map(lambda roles: role in str(roles).split(",")).astype(bool)
+
+
+def _too_large(trials: pd.DataFrame, budget: int | None) -> tuple[TooLarge, ...]:
+    """Ranks of which every trial was refused, ran out of memory, or needs more than the budget.
+
+    A trial with no known peak that ran says nothing against its rank.
+    """
+    refused = trials["outcome"].isin(["infeasible", "oom"])
+    needs = needed_bytes(trials)
+    over = (needs > budget).fillna(False) if budget is not None else ~trials["feasible"]
+    found = []
+    for rank, group in trials.assign(_no=refused | over, _need=needs).groupby("rank"):
+        if group["_no"].all():
+            least = group["_need"].min()
+            ran_out = bool((group["outcome"] == "oom").any())
+            need = None if pd.isna(least) else int(least)
+            found.append(TooLarge(rank=int(str(rank)), need_bytes=need, ran_out=ran_out))
+    return tuple(found)
+
+
+def _with_objective(trials: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """The table with a column of the objective, empty while no trial has finished."""
+    if objective in trials.columns:
+        return trials
+    if (trials["outcome"] == "complete").any():
+        there = ["eval_loss", "perplexity", *metric_columns(trials)]
+        raise InputError(
+            f"no record has the study's objective {objective!r}; they have {', '.join(there)}."
+            + nearest(objective, there)
+        )
+    return trials.assign(**{objective: pd.array([None] * len(trials), dtype="Float64")})
+
+
+def _memory_budget(
+    config: StudyConfig, records: Sequence[TrialRecord], environment: Mapping[str, Any]
+) -> int | None:
+    """The budget in bytes: as configured, else what 'auto' came to when the study ran."""
+    if config.memory_budget != "auto":
+        return config.memory_budget
+    stated = environment.get("memory_budget_bytes")
+    if isinstance(stated, int):
+        return stated
+    ran_under = [r.memory_budget_bytes for r in records if r.memory_budget_bytes is not None]
+    return ran_under[-1] if ran_under else None
+
+
+def _baseline(environment: Mapping[str, Any], objective: str) -> float | None:
+    baseline = environment.get("baseline")
+    if not isinstance(baseline, dict):
+        return None
+    metrics = baseline.get("metrics")
+    value = baseline.get(objective, metrics.get(objective) if isinstance(metrics, dict) else None)
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,175 @@
+"""The verdict in sentences that stand on their own, honest where the records say little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rsauto.records import TrialRecord
+from rsauto.report.units import (
+    bytes_text,
+    difference_text,
+    method_text,
+    objective_text,
+    percent_text,
+    rate_text,
+    value_text,
+)
+
+if TYPE_CHECKING:
+    from rsauto.report.verdict import Gain, Standing, TooLarge, Verdict
+
+
+def sentences(verdict: Verdict) -> tuple[str, ...]:
+    """Which rank to take and why, what it gains over the tuned default, and what did not fit."""
+    recommended = verdict.standings.get("recommended")
+    if recommended is None:
+        return (_nothing_to_take(verdict), *_too_large(verdict))
+    return (
+        _take(verdict, recommended, verdict.standings["best"]),
+        _gain(verdict, recommended),
+        *_too_large(verdict),
+    )
+
+
+def settings_text(record: TrialRecord) -> str:
+    """'rank 32 (alpha 16, learning rate 1.2e-3, rsLoRA)'."""
+    inside = [
+        f"alpha {record.alpha}",
+        f"learning rate {rate_text(record.learning_rate)}",
+        method_text(record.method),
+    ]
+    if record.lr_ratio != 1.0:
+        inside.insert(2, f"lr_ratio {record.lr_ratio:g}")
+    return f"rank {record.rank} ({', '.join(inside)})"
+
+
+def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
+    name = objective_text(verdict.objective)
+    value = f"its {name} {value_text(chosen.objective)}{_seeds(chosen.num_seeds)}"
+    tuned = verdict.standings.get("default_tuned")
+    is_default = tuned is not None and tuned.record.number == chosen.record.number
+    start = f"Take {'the tuned default, ' if is_default else ''}{settings_text(chosen.record)}: "
+    if chosen.record.number == best.record.number:
+        found = "best mean found" if chosen.num_seeds > 1 else "best found"
+        return f"{start}{value} is the {found}{_needs(chosen)}."
+    rival = f"rank {best.record.rank}"
+    if tuned is not None and tuned.record.number == best.record.number:
+        rival = f"the tuned default, {rival}"
+    elif best.record.rank == chosen.record.rank:
+        rival = settings_text(best.record)
+    return (
+        f"{start}{value} {_closeness(verdict, chosen, best)} the best "
+        f"({rival}, {value_text(best.objective)}){_needs(chosen, best)}."
+    )
+
+
+def _closeness(verdict: Verdict, chosen: Standing, best: Standing) -> str:
+    distance = abs(chosen.objective - best.objective)
+    # The same slack as in the choice, so that a row on the limit is worded as inside it.
+    if distance <= verdict.within * abs(best.objective) * (1 + 1e-9):
+        return f"is within {percent_text(verdict.within)} of"
+    return "cannot be told apart, over the seeds, from"
+
+
+def _needs(chosen: Standing, best: Standing | None = None) -> str:
+    if chosen.need_bytes is None:
+        return ""
+    text = f" and it needs {bytes_text(chosen.need_bytes)}"
+    if best is None or best.need_bytes is None or best.need_bytes <= chosen.need_bytes:
+        return text
+    return f"{text}, {bytes_text(best.need_bytes - chosen.need_bytes)} less"
+
+
+def _seeds(num_seeds: int) -> str:
+    return f" (mean of {num_seeds} seeds)" if num_seeds > 1 else ""
+
+
+def _gain(verdict: Verdict, chosen: Standing) -> str:
+    tuned = verdict.standings.get("default_tuned")
+    if tuned is None:
+        return "No run of the tuned default finished, so there is no gain to state."
+    gain = verdict.gain
+    if gain is None:
+        return "That is the default adapter: nothing tried is better by more than it costs."
+    rival = _default_text(tuned)
+    amount = _amount(gain)
+    if gain.half_width is not None and not gain.is_certain:
+        return (
+            f"It cannot be told apart from {rival}: the difference, "
+            f"{difference_text(gain.difference, gain.half_width)}, may be zero."
+        )
+    if gain.difference < 0:
+        return f"It is worse than {rival} by {amount}{_saves(chosen, tuned)}.{_caution(gain)}"
+    if gain.difference == 0:
+        return f"It is as good as {rival}{_saves(chosen, tuned)}.{_caution(gain)}"
+    return f"It beats {rival} by {amount}.{_caution(gain)}"
+
+
+def _default_text(tuned: Standing) -> str:
+    record = tuned.record
+    return (
+        f"the tuned default ({method_text(record.method)}, rank {record.rank}, "
+        f"learning rate {rate_text(record.learning_rate)}; {value_text(tuned.objective)})"
+    )
+
+
+def _amount(gain: Gain) -> str:
+    text = difference_text(abs(gain.difference), gain.half_width)
+    return text if gain.relative is None else f"{text} ({percent_text(abs(gain.relative))})"
+
+
+def _saves(chosen: Standing, other: Standing) -> str:
+    if chosen.need_bytes is None or other.need_bytes is None:
+        return ""
+    saved = other.need_bytes - chosen.need_bytes
+    return f" and needs {bytes_text(saved)} less" if saved > 0 else ""
+
+
+def _caution(gain: Gain) -> str:
+    if gain.half_width is not None:
+        return ""
+    return " No configuration ran on several seeds, so part of this may be luck."
+
+
+def _nothing_to_take(verdict: Verdict) -> str:
+    if verdict.num_trials == 0:
+        return "The study has no trials yet: run rsauto study to start it."
+    if verdict.num_complete:
+        return (
+            "Nothing that finished fits the memory budget of "
+            f"{bytes_text(verdict.memory_budget_bytes)}, so no rank can be recommended."
+        )
+    return (
+        f"None of {verdict.num_trials} trials finished at full length, "
+        "so no rank can be recommended yet."
+    )
+
+
+def _too_large(verdict: Verdict) -> tuple[str, ...]:
+    """One sentence for ranks over the budget, one for ranks that ran out unexpectedly."""
+    budget = verdict.memory_budget_bytes
+    over = [
+        t for t in verdict.too_large
+        if t.need_bytes is not None and budget is not None and t.need_bytes > budget
+    ]  # fmt: skip
+    ran_out = [t for t in verdict.too_large if t not in over and t.ran_out]
+    found = []
+    if over:
+        needs = _joined([f"{bytes_text(t.need_bytes)}" for t in over])
+        verb = "needs" if len(over) == 1 else "need"
+        found.append(
+            f"{_ranks(over)} {'does' if len(over) == 1 else 'do'} not fit the memory budget of "
+            f"{bytes_text(budget)}: {'it' if len(over) == 1 else 'they'} {verb} {needs}."
+        )
+    if ran_out:
+        found.append(f"{_ranks(ran_out)} ran out of memory.")
+    return tuple(found)
+
+
+def _ranks(items: Sequence[TooLarge]) -> str:
+    return f"Rank{'s' if len(items) > 1 else ''} {_joined([str(t.rank) for t in items])}"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

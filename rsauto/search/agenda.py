@@ -1,0 +1,129 @@
+"""The order of a study: the defaults first, then the search, then the finalists' other seeds.
+
+Everything here is decided from the records alone, so a study continued after an interruption goes
+on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from rsauto.config import RateRange, StudyConfig
+from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
+from rsauto.search.space import Space
+
+Settled = Sequence[tuple[TrialSpec, TrialRecord]]
+Objective = Callable[[TrialRecord], float | None]
+
+MAX_TUNING_TRIALS = 6
+"""Trials spent on the default adapter's own learning rate, at most."""
+
+
+def num_settled(settled: Settled) -> int:
+    """Trials that count: refusals by the planner are free."""
+    return sum(record.outcome in SETTLED_OUTCOMES for _, record in settled)
+
+
+def reference_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:
+    """The next trial of the defaults, None when they are done.
+
+    First PEFT's and Trainer's defaults as they are, then the same adapter at other learning rates.
+    """
+    if not any(record.role == "default" for _, record in settled):
+        return space.default()
+    search = space.config.search
+    limit = min(MAX_TUNING_TRIALS, search.trials // 4)
+    tried = {
+        spec.learning_rate: objective(record)
+        for spec, record in settled
+        if record.role == "default_tuned" and record.seed == space.config.training.seed
+    }
+    if len(tried) >= limit:
+        return None
+    if isinstance(search.learning_rate, RateRange):
+        rate = next_rate(tried, search.learning_rate.low, search.learning_rate.high)
+    else:
+        rate = next((r for r in _middle_first(search.learning_rate) if r not in tried), None)
+    return None if rate is None else space.default_tuned(rate)
+
+
+def next_rate(tried: dict[float, float | None], low: float, high: float) -> float | None:
+    """Brackets the best learning rate by factors of 4, then looks at factors of 2 beside it.
+
+    ``tried`` maps a rate to its objective, lower is better, None where it failed or diverged. The
+    start is the geometric middle of [low, high]; the walk may leave the range, for the range is
+    meant for another adapter. Returns None when both neighbours of the best have been tried.
+    """
+    if not tried:
+        return _rounded(math.sqrt(low * high))
+    best = min(tried, key=lambda rate: _or_infinity(tried[rate]))
+    for factor in (4.0, 0.25, 2.0, 0.5):
+        rate = _rounded(best * factor)
+        if not any(math.isclose(rate, other, rel_tol=1e-2) for other in tried):
+            return rate
+    return None
+
+
+def seed_trials(
+    space: Space, settled: Settled, objective: Objective, within: float
+) -> list[TrialSpec]:
+    """Trials still missing to compare the finalists over seeds, in the order they should run.
+
+    Finalists are the tuned default, the best configuration, and the cheapest one that is close to
+    the best. Short studies repeat fewer seeds: one more for every ten trials.
+    """
+    search = space.config.search
+    extra = min(search.seeds - 1, search.trials // 10)
+    first = space.config.training.seed
+    done = {(spec.configuration(), spec.seed) for spec, _ in settled}
+    return [
+        replace(spec, role="seed", seed=first + k, micro_batch_size=None, retry_of=None)
+        for k in range(1, extra + 1)
+        for spec in finalists(space, settled, objective, within)
+        if (spec.configuration(), first + k) not in done
+    ]
+
+
+def finalists(
+    space: Space, settled: Settled, objective: Objective, within: float
+) -> list[TrialSpec]:
+    """At most three configurations, by their result on the search's own seed."""
+    first = space.config.training.seed
+    complete = [
+        (value, spec, record)
+        for spec, record in settled
+        if record.outcome == "complete"
+        and spec.seed == first
+        and spec.rank in (*space.ranks, 8)
+        and (value := objective(record)) is not None
+    ]
+    tuned = [entry for entry in complete if entry[2].role in ("default", "default_tuned")]
+    searched = [entry for entry in complete if entry[2].role == "search"]
+    chosen = [min(group, key=lambda entry: entry[0]) for group in (tuned, searched) if group]
+    if searched:
+        best = min(value for value, _, _ in searched)
+        close = [entry for entry in searched if entry[0] <= best + within * abs(best)]
+        chosen.append(min(close, key=lambda entry: (_cost(entry[2]), entry[0])))
+    unique = {spec.configuration(): spec for _, spec, _ in chosen}
+    return list(unique.values())
+
+
+def _cost(record: TrialRecord) -> float:
+    return float(record.predicted_peak_bytes or math.inf)
+
+
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
+
+
+def _middle_first(rates: Sequence[float]) -> list[float]:
+    """The middle of a list of rates, then outwards."""
+    ordered = sorted(rates)
+    middle = (len(ordered) - 1) / 2
+    return sorted(ordered, key=lambda rate: abs(ordered.index(rate) - middle))

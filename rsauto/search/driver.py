@@ -1,0 +1,369 @@
+"""The study, from the first default to the report: a generator of events that reads in order."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from rsauto.config import StudyConfig
+from rsauto.environment import describe_environment
+from rsauto.errors import AllTrialsFailedError, InputError, StudyInterrupted
+from rsauto.memory.plan import Prediction
+from rsauto.records import EvalPoint, Outcome, TrialRecord, TrialSpec
+from rsauto.report.page import write_report
+from rsauto.search.agenda import num_settled, reference_trial, seed_trials
+from rsauto.search.events import (
+    Event,
+    Planned,
+    Searching,
+    Stage,
+    StudyEnded,
+    TrialSettled,
+    TrialStarted,
+    TrialStep,
+)
+from rsauto.search.folder import StudyFolder
+from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger, open_storage
+from rsauto.search.publish import publish
+from rsauto.search.sampler import Attempt, propose
+from rsauto.search.setup import Objects, Setup, probes, set_up
+from rsauto.search.write_up import infeasible_record, trial_card, trial_record
+from rsauto.training.evaluate import Evaluation, evaluate
+from rsauto.training.loop import Diverged
+from rsauto.training.trial import Bench, OutOfMemory, Trial
+
+KEPT_ADAPTERS = 6
+"""Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
+
+Steps = Generator[Event, None, TrialRecord]
+
+
+@dataclass
+class StopFlag:
+    """Set from outside, by a signal handler for instance, to end a study cleanly."""
+
+    requested: bool = False
+
+
+def study_events(
+    config: StudyConfig,
+    out: Path,
+    *,
+    storage: str | None = None,
+    objects: Objects | None = None,
+    stop: StopFlag | None = None,
+) -> Iterator[Event]:
+    """Runs or continues the study of ``config`` in the folder ``out``.
+
+    Raises InputError or BudgetError (nothing was started), StudyInterrupted (the same call
+    continues) or AllTrialsFailedError.
+    """
+    begin = time.monotonic()
+    folder = StudyFolder(out)
+    folder.check(config)
+    yield Stage("reading model and data")
+    setup = set_up(config, objects)
+    yield Planned(setup)
+    with folder.locked(), _disk_errors(folder):
+        run = StudyRun(setup, folder, storage, stop or StopFlag(), begin)
+        yield from run.events()
+
+
+class StudyRun:
+    """One run of a study in this process, and the state its parts share."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: StudyFolder,
+        storage: str | None,
+        stop: StopFlag,
+        begin: float,
+    ) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.folder = folder
+        self.stop = stop
+        self.begin = begin
+        self.environment = folder.read_environment()
+        self._check_same_inputs()
+        self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
+        self.folder.write_config(self.config)
+        self.num_orphans = self.ledger.recover_orphans()
+
+    def events(self) -> Iterator[Event]:
+        """Everything from loading the model to the published adapters."""
+        yield Stage("loading the model")
+        bench = Bench(
+            model=self.setup.load_model(),
+            base_name=self.setup.source.name,
+            data=self.setup.data,
+            device=self.setup.device,
+        )
+        self._describe(bench)
+        self._record_ranks_that_do_not_fit()
+        yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
+        reason = yield from self._run_trials(bench)
+        yield Stage("writing the report")
+        publish(
+            self.folder,
+            self.config,
+            self.ledger.records(),
+            self.environment,
+            lambda record: self._train_again(bench, record),
+        )
+        yield StudyEnded(self.folder.path, time.monotonic() - self.begin, reason)
+
+    def _run_trials(self, bench: Bench) -> Generator[Event, None, str]:
+        while True:
+            self.folder.write_records(self.ledger.records())
+            self._stop_if_asked()
+            self._stop_if_failing()
+            if num_settled(self.ledger.settled()) >= self.config.search.trials:
+                return "every trial is done"
+            limit = self.config.search.max_seconds
+            if limit is not None and time.monotonic() - self.begin > limit:
+                return f"the time limit of {limit:g} seconds was reached"
+            begun = self.ledger.begin(self._next_spec)
+            if begun is None:
+                return "every point of the search space has been tried"
+            record = yield from self._run_trial(bench, *begun)
+            yield TrialSettled(record, num_settled(self.ledger.settled()))
+
+    def _next_spec(self) -> TrialSpec | None:
+        """The next new trial: defaults first, then the search, then the finalists' seeds."""
+        settled, space = self.ledger.settled(), self.setup.space
+        reference = reference_trial(space, settled, self._lower_is_better)
+        if reference is not None:
+            return reference
+        seeds = seed_trials(space, settled, self._lower_is_better, self.config.search.within)
+        remaining = self.config.search.trials - num_settled(settled)
+        if remaining > len(seeds):
+            found = propose(space, self._attempts(), self.config)
+            if found is not None:
+                return found
+        return seeds[0] if seeds else None
+
+    def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
+        budget = self.setup.memory_budget_bytes
+        prediction = self.setup.predict(spec)
+        if prediction is None:
+            needed = self.setup.smallest_prediction(spec)
+            record = infeasible_record(trial.number, spec, needed, budget)
+            self._settle(trial, record)
+            return record
+        spec = replace(spec, micro_batch_size=prediction.micro_batch_size)
+        yield TrialStarted(trial.number, spec, prediction)
+        with Trial(bench, spec) as run:
+            outcome, error = yield from self._train(trial, run)
+            record = trial_record(
+                trial.number, run, spec, prediction, outcome, error, memory_budget_bytes=budget
+            )
+            if outcome == "complete":
+                record = self._save(run, record)
+            self._settle(trial, record)
+        self._keep_adapters()
+        return record
+
+    def _train(
+        self, trial: optuna.Trial, run: Trial
+    ) -> Generator[Event, None, tuple[Outcome, str | None]]:
+        """Runs the trial's steps; an error inside becomes its outcome."""
+        points = run.steps()
+        while True:
+            try:
+                point = next(points)
+            except StopIteration:
+                return "complete", None
+            except OutOfMemory as full:
+                return "oom", str(full)
+            except Diverged as diverged:
+                return "diverged", str(diverged)
+            except Exception as bug:  # one faulty trial must not end the study
+                return "failed", f"{type(bug).__name__}: {bug}"
+            yield TrialStep(trial.number, run.spec, point, run.measured_peak_bytes)
+            if self.stop.requested:
+                self.ledger.abandon(trial, replace(run.spec, micro_batch_size=None))
+                self._stop_if_asked()
+            if point.evaluation is not None:
+                trial.report(self._value(point.evaluation), point.step)
+                unfinished = point.step < run.spec.steps
+                if unfinished and run.spec.role == "search" and trial.should_prune():
+                    return "pruned", None
+
+    def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
+        card = trial_card(self.config, self.setup.source.name, record)
+        num_bytes = run.save(self.folder.adapter(record.number), card)
+        return replace(record, adapter_bytes=num_bytes)
+
+    def _settle(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        """Tells the ledger. What cannot be compared is told as the untouched model's result.
+
+        A finite value with a violated constraint is what every sampler learns from; a failed
+        trial says nothing about the configuration.
+        """
+        state = TrialState.COMPLETE
+        if record.outcome in ("pruned", "failed"):
+            state = TrialState.PRUNED if record.outcome == "pruned" else TrialState.FAIL
+        self.ledger.settle(
+            trial, record, value=self._told_value(record), state=state,
+            constraints=constraints(record),
+        )  # fmt: skip
+
+    def _keep_adapters(self) -> None:
+        """Keeps the adapters of the best complete trials and of every finalist's seeds."""
+        complete = [r for _, r in self.ledger.settled() if r.outcome == "complete"]
+        ranked = sorted(complete, key=lambda r: or_infinity(self._lower_is_better(r)))
+        self.folder.keep_adapters([r.number for r in ranked[:KEPT_ADAPTERS]])
+
+    def _train_again(self, bench: Bench, record: TrialRecord) -> None:
+        """Trains a settled configuration once more, to get back an adapter that was not kept."""
+        spec = next(s for s, r in self.ledger.settled() if r.number == record.number)
+        spec = replace(spec, micro_batch_size=record.micro_batch_size)
+        with Trial(bench, spec) as run:
+            for _ in run.steps():
+                self._stop_if_asked()
+            self._save(run, record)
+
+    # ---------------------------------------------------------------- before and around them
+
+    def _check_same_inputs(self) -> None:
+        """Refuses to continue when model or data are no longer what the trials were run on."""
+        now = {
+            "model": self.setup.source.fingerprint,
+            "data": self.setup.data.fingerprint,
+        }
+        before = self.environment.get("fingerprints", now)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise InputError(
+                f"--out {self.folder.path}: the {' and the '.join(changed)} changed since this "
+                "study was begun, so its trials cannot be compared with new ones. "
+                "Choose another --out, or put the old files back."
+            )
+        self.environment["fingerprints"] = now
+
+    def _describe(self, bench: Bench) -> None:
+        """Measures the untouched model once, and writes environment.json."""
+        if "baseline" not in self.environment:
+            spec = self.setup.space.default()
+            prediction = self.setup.predict(replace(spec, rank=self.setup.space.ranks[0]))
+            result = evaluate(
+                bench.model,
+                bench.data.validation,
+                batch_size=prediction.micro_batch_size if prediction else 1,
+                pad_token_id=bench.data.pad_token_id,
+                device=bench.device,
+            )
+            self.environment["baseline"] = asdict(result)
+        self.environment.update(
+            describe_environment(bench.device),
+            model=self.setup.source.name,
+            memory_budget_bytes=self.setup.memory_budget_bytes,
+            seed=self.config.training.seed,
+            preflight=self.setup.preflight.to_json(),
+        )
+        self.folder.write_environment(self.environment)
+
+    def _record_ranks_that_do_not_fit(self) -> None:
+        """One record for every rank of the space that the budget rules out, with what it needs."""
+        known = {r.rank for _, r in self.ledger.settled() if r.outcome == "infeasible"}
+        for rank in self.config.search.ranks:
+            if rank in self.setup.space.ranks or rank in known:
+                continue
+            spec = probes(self.setup, rank)[0]
+            trial, spec = self.ledger.begin_new(spec)
+            needed = self.setup.smallest_prediction(spec)
+            budget = self.setup.memory_budget_bytes
+            self._settle(trial, infeasible_record(trial.number, spec, needed, budget))
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.requested:
+            self._write_unfinished_report()
+            raise StudyInterrupted(
+                f"Stopped. {num_settled(self.ledger.settled())} trials are kept in "
+                f"{self.folder.path}; the same command continues."
+            )
+
+    def _stop_if_failing(self) -> None:
+        limit = self.config.search.max_failures
+        settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
+        recent = settled[-limit:]
+        if len(recent) < limit or any(r.outcome != "failed" for r in recent):
+            return
+        self._write_unfinished_report()
+        message = f"{limit} trials in a row failed, the last with: {recent[-1].error}."
+        if all(r.outcome == "failed" for r in settled):
+            raise AllTrialsFailedError(f"{message} No trial gave a result.")
+        raise StudyInterrupted(f"{message} The same command continues after it is mended.")
+
+    def _write_unfinished_report(self) -> None:
+        self.folder.write_records(self.ledger.records())
+        write_report(self.folder.path)
+
+    # ---------------------------------------------------------------- values
+
+    def _attempts(self) -> list[Attempt]:
+        """What the sampler may learn from: settled trials, and those running or waiting."""
+        done = [Attempt(s, r, self._told_value(r)) for s, r in self.ledger.settled()]
+        return done + [Attempt(spec, None, None) for spec in self.ledger.unfinished_specs()]
+
+    def _value(self, evaluation: Evaluation | EvalPoint) -> float:
+        """The objective in its own direction."""
+        name = self.config.search.objective
+        return evaluation.eval_loss if name == "eval_loss" else evaluation.metrics[name]
+
+    def _told_value(self, record: TrialRecord) -> float | None:
+        """The value an Optuna trial gets, None for a failed one."""
+        if record.outcome == "failed":
+            return None
+        if record.outcome in ("complete", "pruned"):
+            return self._value(record.curve[-1])
+        return self._value(Evaluation(**self.environment["baseline"]))
+
+    def _lower_is_better(self, record: TrialRecord) -> float | None:
+        """The objective of a complete trial with its sign such that lower is better."""
+        if record.outcome != "complete":
+            return None
+        value = self._value(record.curve[-1])
+        return value if self.config.search.minimize else -value
+
+
+def constraints(record: TrialRecord) -> dict[str, float]:
+    """Named constraints, violated above zero: memory relative to the budget, and divergence."""
+    budget = record.memory_budget_bytes
+    assert budget is not None and record.predicted_peak_bytes is not None
+    used = max(record.predicted_peak_bytes, record.measured_peak_bytes or 0)
+    over = (used - budget) / budget
+    if record.outcome in ("infeasible", "oom"):
+        over = max(over, 0.01)
+    return {MEMORY: over, DIVERGENCE: 1.0 if record.outcome == "diverged" else 0.0}
+
+
+def or_infinity(value: float | None) -> float:
+    """``value``, or infinity where there is none."""
+    return math.inf if value is None else value
+
+
+@contextmanager
+def _disk_errors(folder: StudyFolder) -> Iterator[None]:
+    """A disk that refuses to be written ends the study, resumable, with one clear message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRNOS:
+            raise
+        raise StudyInterrupted(
+            f"{folder.path}: cannot be written: {error.strerror}. Settled trials are safe; make "
+            "room or put the permissions right, and run the same command again."
+        ) from None

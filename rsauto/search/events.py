@@ -1,0 +1,69 @@
+"""What a running study tells whoever watches it. The driver yields these and knows no watcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsauto.memory.plan import Prediction
+from rsauto.records import StepPoint, TrialRecord, TrialSpec
+from rsauto.search.setup import Setup
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A new part of the work has begun."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Model and data are read, and it is known which ranks fit."""
+
+    setup: Setup
+
+
+@dataclass(frozen=True)
+class Searching:
+    """Trials are about to run."""
+
+    num_settled: int
+    """Trials of earlier runs that count."""
+    num_orphans: int
+    """Trials of a killed process that are run again."""
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    number: int
+    spec: TrialSpec
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class TrialStep:
+    number: int
+    spec: TrialSpec
+    point: StepPoint
+    measured_peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class TrialSettled:
+    record: TrialRecord
+    num_settled: int
+    """Trials that count so far, this one included."""
+
+
+@dataclass(frozen=True)
+class StudyEnded:
+    """The folder is complete: records, report and adapters are written."""
+
+    out: Path
+    seconds: float
+    reason: str
+    """Why it ended: every trial done, the space exhausted, a time limit."""
+
+
+Event = Stage | Planned | Searching | TrialStarted | TrialStep | TrialSettled | StudyEnded

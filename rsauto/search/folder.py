@@ -1,0 +1,125 @@
+"""The study folder: one process at a time writes it, every file whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rsauto import study_file
+from rsauto.atomic import write_text
+from rsauto.config import StudyConfig, differences
+from rsauto.errors import InputError
+from rsauto.records import TrialRecord, dump_line
+
+
+class StudyFolder:
+    """Paths of a study folder, and its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "study.yaml"
+        self.environment_file = path / "environment.json"
+        self.records_file = path / "trials.jsonl"
+        self.journal_file = path / "journal.log"
+        self.adapters = path / "adapters"
+
+    def check(self, config: StudyConfig) -> None:
+        """Refuses a folder that cannot take this study. Changes nothing. Raises InputError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: is a file, not a folder. Choose another --out.")
+        if self.config_file.exists():
+            self._check_same_study(config)
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(
+                f"--out {self.path}: the folder is not empty and holds no study. "
+                "Choose another --out, or empty it."
+            )
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"--out {self.path}: no permission to write in {parent}.")
+
+    def _check_same_study(self, config: StudyConfig) -> None:
+        changed = differences(study_file.load(self.config_file), config)
+        if changed:
+            listed = "\n".join(f"  {line}" for line in changed)
+            raise InputError(
+                f"--out {self.path}: holds a study with other settings:\n{listed}\n"
+                "Trials, seeds, ranks and time limits may change; for anything else "
+                "choose another --out or put the settings back."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises InputError when another one has it."""
+        self._make()
+        with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise InputError(
+                    f"--out {self.path}: another process (pid {holder}) is working on this study. "
+                    "Wait for it, or choose another --out."
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be made: {error.strerror}.") from None
+
+    def write_config(self, config: StudyConfig) -> None:
+        write_text(self.config_file, study_file.dump(config))
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        write_text(self.environment_file, json.dumps(environment, indent=2) + "\n")
+
+    def read_environment(self) -> dict[str, Any]:
+        """What an earlier run wrote, or nothing."""
+        try:
+            found: dict[str, Any] = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.environment_file}: cannot be read ({error}). Remove the file; it is "
+                "written anew when the study continues."
+            ) from None
+        return found
+
+    def write_records(self, records: Iterable[TrialRecord]) -> None:
+        write_text(self.records_file, "".join(dump_line(record) + "\n" for record in records))
+
+    def adapter(self, number: int) -> Path:
+        """Where the adapter of a trial is kept while it may still be the answer."""
+        return self.adapters / f"{number:04d}"
+
+    def keep_adapters(self, numbers: Sequence[int]) -> None:
+        """Removes the adapters of all other trials, and what a killed process left half written."""
+        if not self.adapters.is_dir():
+            return
+        kept = {f"{number:04d}" for number in numbers}
+        for entry in self.adapters.iterdir():
+            if entry.name not in kept:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def publish_adapter(self, number: int, name: str) -> Path:
+        """Copies a trial's adapter to ``best`` or ``recommended``, all or nothing."""
+        target = self.path / name
+        partial = self.path / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.adapter(number), partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        return target

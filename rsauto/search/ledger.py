@@ -1,0 +1,203 @@
+"""The Optuna study as the ledger of record: every trial is written here before it counts.
+
+Each trial carries its full `TrialSpec` and, once settled, its `TrialRecord`. trials.jsonl is
+rebuilt from here, so a kill at any moment loses at most the trial that was running.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from rsauto.config import SearchConfig, StudyConfig
+from rsauto.errors import InputError
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
+
+MEMORY, DIVERGENCE = "memory", "divergence"
+"""Names of the constraints; a trial is feasible when every value is at most zero."""
+
+
+class Ledger:
+    """A study's trials in an Optuna storage."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+
+    @classmethod
+    def open(cls, storage: BaseStorage, config: StudyConfig) -> Ledger:
+        """Creates the study or continues it."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(
+            study_name=config.name,
+            storage=storage,
+            direction="minimize" if config.search.minimize else "maximize",
+            # The driver proposes every trial itself (sampler.py); this one is never asked.
+            sampler=optuna.samplers.RandomSampler(seed=0),
+            pruner=build_pruner(config.search),
+            load_if_exists=True,
+        )
+        return cls(study)
+
+    def records(self) -> list[TrialRecord]:
+        """Every settled or refused trial, by number."""
+        return [record for _, record in self.settled()]
+
+    def settled(self) -> list[tuple[TrialSpec, TrialRecord]]:
+        """Every record together with the spec it came from, by number."""
+        return [
+            (
+                TrialSpec.from_json(trial.user_attrs["spec"]),
+                TrialRecord.from_json(trial.user_attrs["record"]),
+            )
+            for trial in self.study.get_trials(deepcopy=False)
+            if "record" in trial.user_attrs and trial.state.is_finished()
+        ]
+
+    def unfinished_specs(self) -> list[TrialSpec]:
+        """Specs of trials that are running somewhere or waiting to be run again."""
+        return [
+            TrialSpec.from_json(trial.user_attrs["spec"])
+            for trial in self.study.get_trials(
+                deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
+            )
+            if "spec" in trial.user_attrs
+        ]
+
+    def begin(
+        self, propose: Callable[[], TrialSpec | None]
+    ) -> tuple[optuna.Trial, TrialSpec] | None:
+        """The next trial, marked as running by this process: one to be run again, or a new one.
+
+        None when there is nothing to run again and ``propose`` has nothing more.
+        """
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            spec = propose()
+            if spec is None:
+                return None
+            return self.begin_new(spec)
+        return self._ask()
+
+    def begin_new(self, spec: TrialSpec) -> tuple[optuna.Trial, TrialSpec]:
+        """Starts a trial of ``spec``."""
+        self._enqueue(spec)
+        return self._ask()
+
+    def _ask(self) -> tuple[optuna.Trial, TrialSpec]:
+        trial = self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
+        trial.set_user_attr("worker", this_worker())
+        return trial, TrialSpec.from_json(trial.user_attrs["spec"])
+
+    def settle(
+        self,
+        trial: optuna.Trial,
+        record: TrialRecord,
+        *,
+        value: float | None,
+        state: TrialState,
+        constraints: dict[str, float],
+    ) -> None:
+        """Writes constraints, then the record, then finishes the trial.
+
+        With the record written the trial is as good as settled: should the process die before
+        the last write, `recover_orphans` makes it up.
+        """
+        for name, violation in constraints.items():
+            trial.set_constraint(name, violation)
+        value = value if state == TrialState.COMPLETE else None
+        trial.set_user_attr("verdict", {"state": state.name, "value": value})
+        trial.set_user_attr("record", record.to_json())
+        self.study.tell(trial, value, state=state)
+
+    def abandon(self, trial: optuna.Trial, spec: TrialSpec) -> None:
+        """Gives up a running trial without a result and puts it back to be run again."""
+        self._requeue(trial.number, spec)
+
+    def recover_orphans(self) -> int:
+        """Puts trials of processes that no longer live back to be run again; how many there were.
+
+        An orphan is failed, not retried in place: a retried trial would inherit what the dead
+        process had already reported. One whose record was already written is finished instead.
+        Called before this process starts a trial, so one of its own is left from an earlier call.
+        """
+        orphans = [
+            trial
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if not worker_lives(trial.user_attrs.get("worker"))
+        ]
+        for trial in orphans:
+            self._recover(trial)
+        return sum("record" not in trial.user_attrs for trial in orphans)
+
+    def _recover(self, trial: FrozenTrial) -> None:
+        if "record" in trial.user_attrs:
+            told = trial.user_attrs["verdict"]
+            self.study.tell(trial.number, told["value"], state=TrialState[told["state"]])
+        elif "spec" in trial.user_attrs:
+            self._requeue(trial.number, TrialSpec.from_json(trial.user_attrs["spec"]))
+        else:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def _requeue(self, number: int, spec: TrialSpec) -> None:
+        # Put back first: between the two writes a kill may double the queue entry, which
+        # `begin` notices, but can never lose the trial.
+        waiting = [s.retry_of for s in self.unfinished_specs()]
+        if number not in waiting:
+            self._enqueue(replace(spec, retry_of=number))
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def _enqueue(self, spec: TrialSpec) -> None:
+        self.study.enqueue_trial(stored_params(spec), user_attrs={"spec": spec.to_json()})
+
+
+def open_storage(url: str | None, journal: Path) -> BaseStorage:
+    """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
+    try:
+        if url is None:
+            return JournalStorage(JournalFileBackend(str(journal)))
+        return optuna.storages.get_storage(url)
+    except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"--storage {url or journal}: the study storage cannot be opened: {reason}. "
+            "Give a database URL such as postgresql://user@host/name or sqlite:///file.db."
+        ) from None
+
+
+def build_pruner(search: SearchConfig) -> BasePruner:
+    """Median of the other trials at the same step, or asynchronous successive halving."""
+    if search.pruner == "median":
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    if search.pruner == "halving":
+        return SuccessiveHalvingPruner(reduction_factor=3)
+    return NopPruner()
+
+
+def this_worker() -> dict[str, Any]:
+    """Names this process so that another can tell whether it still lives."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "born": psutil.Process(pid).create_time()}
+
+
+def worker_lives(worker: dict[str, Any] | None) -> bool:
+    """Whether another process may still be at a trial; one on another host is trusted to be."""
+    if worker is None or worker == this_worker():
+        return False
+    if worker["host"] != socket.gethostname():
+        return True
+    try:
+        return bool(abs(psutil.Process(worker["pid"]).create_time() - worker["born"]) < 1.0)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,91 @@
+"""What to try next: a pure function of the settled trials and the seed.
+
+The sampler is made anew for every question and sees a study in memory that holds just what it may
+learn from, in the space of today. So a continued study asks exactly what an undisturbed one would
+have asked, repeats no point, and may have its ranks widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from rsauto.config import StudyConfig
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.ledger import DIVERGENCE, MEMORY
+from rsauto.search.space import Space
+
+MAX_REDRAWS = 64
+"""Draws of an already tried point before the space counts as exhausted."""
+
+
+class Attempt:
+    """A settled or running trial as the sampler sees it."""
+
+    def __init__(self, spec: TrialSpec, record: TrialRecord | None, value: float | None) -> None:
+        self.spec = spec
+        self.record = record
+        self.value = value
+
+
+def propose(
+    space: Space, attempts: Sequence[Attempt], config: StudyConfig
+) -> TrialSpec | None:
+    """The next search trial, or None when every point has been tried."""
+    tried = {attempt.spec.configuration() for attempt in attempts}
+    if config.search.sampler == "grid":
+        return next((s for s in space.grid() if s.configuration() not in tried), None)
+    distributions = space.distributions()
+    known = [t for a in attempts if (t := _as_trial(space, a)) is not None]
+    for redraw in range(MAX_REDRAWS):
+        sampler = _sampler(config, seed=_seed(config.training.seed, len(attempts), redraw))
+        study = optuna.create_study(
+            direction="minimize" if config.search.minimize else "maximize", sampler=sampler
+        )
+        study.add_trials(known)
+        spec = space.spec(study.ask(fixed_distributions=distributions).params)
+        if spec.configuration() not in tried:
+            return spec
+    return None
+
+
+def _sampler(config: StudyConfig, seed: int) -> BaseSampler:
+    if config.search.sampler == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed, n_startup_trials=min(10, max(4, config.search.trials // 4)))
+
+
+def _seed(study_seed: int, num_attempts: int, redraw: int) -> int:
+    """A seed of its own for every question; 32 bits, as NumPy wants it."""
+    return (study_seed * 1_000_003 + num_attempts * 10_007 + redraw * 101) % 2**32
+
+
+def _as_trial(space: Space, attempt: Attempt) -> FrozenTrial | None:
+    """The attempt as an Optuna trial of today's space, None where it teaches nothing about it."""
+    params = space.params(attempt.spec)
+    if params is None:
+        return None
+    distributions = space.distributions()
+    record = attempt.record
+    if record is None:
+        return create_trial(
+            state=TrialState.RUNNING, params=params, distributions=distributions
+        )
+    if record.outcome == "failed" or attempt.value is None:
+        return None
+    pruned = record.outcome == "pruned"
+    violated = record.outcome in ("infeasible", "oom")
+    return create_trial(
+        state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+        value=attempt.value,
+        params=params,
+        distributions=distributions,
+        intermediate_values={p.step: p.eval_loss for p in record.curve} if pruned else {},
+        constraints={
+            MEMORY: 1.0 if violated else 0.0,
+            DIVERGENCE: 1.0 if record.outcome == "diverged" else 0.0,
+        },
+    )

@@ -1,0 +1,202 @@
+"""Everything a study needs to know before the first weight is read or the first file written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rsauto.base import BaseSource, load_weights, open_base, pick_device, prepare
+from rsauto.config import StudyConfig
+from rsauto.data import (
+    Preflight,
+    TokenisedData,
+    load_rows,
+    preflight,
+    splits_from_objects,
+    tokenise,
+)
+from rsauto.errors import BudgetError, InputError
+from rsauto.memory.plan import MemoryPlanner, Prediction
+from rsauto.records import TrialSpec
+from rsauto.report.units import bytes_text
+from rsauto.search.space import Space
+from rsauto.training.evaluate import METRICS
+
+
+@dataclass(frozen=True)
+class Objects:
+    """A model and data that are already loaded, given through Python instead of by name."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train: Sequence[Mapping[str, Any]] | None = None
+    validation: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A study that may start: its data are read, and at least one rank fits."""
+
+    config: StudyConfig
+    device: torch.device
+    source: BaseSource
+    objects: Objects
+    data: TokenisedData
+    preflight: Preflight
+    planner: MemoryPlanner
+    memory_budget_bytes: int
+    space: Space
+    """Restricted to ranks that fit with at least one choice of layers."""
+
+    def predict(self, spec: TrialSpec) -> Prediction | None:
+        """The trial at the largest micro-batch that fits the budget, None when none does."""
+        return self.planner.largest_micro_batch(
+            spec.rank,
+            memory_budget_bytes=self.memory_budget_bytes,
+            target_modules=spec.target_modules,
+            optimizer=spec.optimizer,
+            batch_size=spec.batch_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            clip=spec.max_grad_norm is not None,
+        )
+
+    def smallest_prediction(self, spec: TrialSpec) -> Prediction:
+        """What the trial needs at the smallest micro-batch it may use."""
+        micro = self.config.training.micro_batch_size
+        return self.planner.predict(
+            spec.rank,
+            target_modules=spec.target_modules,
+            optimizer=spec.optimizer,
+            batch_size=spec.batch_size,
+            micro_batch_size=1 if micro == "auto" else micro,
+            clip=spec.max_grad_norm is not None,
+        )
+
+    def load_model(self) -> PreTrainedModel:
+        """The base model on the device, frozen."""
+        if self.objects.model is not None:
+            checkpointing = self.config.model.gradient_checkpointing
+            prepared = prepare(self.objects.model, checkpointing)
+            return prepared.to(self.device)  # type: ignore[arg-type]
+        return load_weights(self.source, self.config.model, self.device)
+
+
+def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
+    """Reads configuration, tokenizer and data, and plans memory.
+
+    Raises InputError for anything wrong with them, and BudgetError when no rank fits.
+    """
+    objects = objects or Objects()
+    _check_objective(config)
+    device = pick_device()
+    source = _source(config, objects)
+    data, checks = _read_data(config, objects, source)
+    planner = MemoryPlanner(
+        model_config=source.config,
+        dtype=source.dtype,
+        attn_implementation=config.model.attn_implementation,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        train_length=data.train_length,
+        eval_length=data.validation_length,
+        device_type=device.type,
+    )
+    setup = Setup(
+        config=config,
+        device=device,
+        source=source,
+        objects=objects,
+        data=data,
+        preflight=checks,
+        planner=planner,
+        memory_budget_bytes=memory_budget_bytes(config, device),
+        space=Space(config, config.search.ranks, _steps(config, data), config.data.max_length),
+    )
+    return replace(setup, space=replace(setup.space, ranks=feasible_ranks(setup)))
+
+
+def memory_budget_bytes(config: StudyConfig, device: torch.device) -> int:
+    """The budget in bytes; 'auto' is the device's whole memory, on a CPU what is free now."""
+    if config.memory_budget != "auto":
+        return config.memory_budget
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().available)
+
+
+def feasible_ranks(setup: Setup) -> tuple[int, ...]:
+    """Ranks of the space that fit with at least one choice of layers. Raises BudgetError."""
+    fitting = tuple(
+        rank
+        for rank in setup.space.ranks
+        if any(setup.predict(spec) is not None for spec in probes(setup, rank))
+    )
+    if not fitting:
+        smallest = min(
+            (setup.smallest_prediction(spec) for spec in probes(setup, setup.space.ranks[0])),
+            key=setup.planner.needed_bytes,
+        )
+        raise BudgetError(
+            f"memory_budget: {bytes_text(setup.memory_budget_bytes)} is too little for any rank. "
+            f"The smallest, rank {smallest.rank}, needs "
+            f"{bytes_text(setup.planner.needed_bytes(smallest))} at micro_batch_size "
+            f"{smallest.micro_batch_size}. Raise memory_budget, or lower search.rank, "
+            "data.max_length or model.dtype, or turn on model.gradient_checkpointing."
+        )
+    return fitting
+
+
+def probes(setup: Setup, rank: int) -> list[TrialSpec]:
+    """One trial of ``rank`` for every choice of layers; the other settings do not change bytes."""
+    search = setup.config.search
+    middle = replace(setup.space, ranks=(rank,)).spec(
+        {"rank": rank, "method": search.method[0], "alpha": search.alphas[0]}
+    )
+    return [replace(middle, target_modules=t) for t in setup.config.target_choices()]
+
+
+def _source(config: StudyConfig, objects: Objects) -> BaseSource:
+    if objects.model is None:
+        return open_base(config.model)
+    if objects.tokenizer is None:
+        raise InputError("tokenizer: give the tokenizer together with the model.")
+    return BaseSource(
+        name=str(objects.model.config.name_or_path or "in-memory"),
+        config=objects.model.config,
+        tokenizer=objects.tokenizer,
+        dtype=objects.model.dtype,
+        fingerprint=f"in-memory, {objects.model.num_parameters()} parameters",
+    )
+
+
+def _read_data(
+    config: StudyConfig, objects: Objects, source: BaseSource
+) -> tuple[TokenisedData, Preflight]:
+    if objects.train is None:
+        splits = load_rows(config.data)
+    else:
+        splits = splits_from_objects(objects.train, objects.validation, config.data)
+    data = tokenise(splits, config.data, source.tokenizer)
+    return data, preflight(splits, data, config.data, source.tokenizer)
+
+
+def _steps(config: StudyConfig, data: TokenisedData) -> int:
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    return max(1, math.ceil(training.epochs * len(data.train) / training.batch_size))
+
+
+def _check_objective(config: StudyConfig) -> None:
+    known = ("eval_loss", *METRICS)
+    if config.search.objective not in known:
+        raise InputError(
+            f"search.objective: {config.search.objective!r} is not measured. "
+            f"Choose one of {', '.join(known)}."
+        )

@@ -1,0 +1,240 @@
+"""The search space: what a sampler may choose, and the trial that a choice stands for.
+
+A sampler works on numbers that suit it (log2 of a rank, an offset from the expected learning
+rate); a `TrialSpec` holds the values themselves. The two are kept apart so that the space may be
+widened later and old trials still teach the sampler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from rsauto.config import PowerRange, RateRange, StudyConfig
+from rsauto.records import Method, TrialSpec
+from rsauto.scaling import learning_rate_exponent, transferred_learning_rate
+
+Params = dict[str, Any]
+
+STORED_DISTRIBUTIONS: dict[str, BaseDistribution] = {
+    "method": CategoricalDistribution(("lora", "rslora", "adalora", "rsadalora")),
+    "rank": IntDistribution(1, 2**20, log=True),
+    "alpha": IntDistribution(1, 2**20, log=True),
+    "learning_rate": FloatDistribution(1e-12, 1e6, log=True),
+    "lr_ratio": FloatDistribution(1e-6, 1e6, log=True),
+}
+"""How a trial's settings stand in the Optuna study, the same for every trial of every study."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The search space of a study, restricted to the ranks that can fit."""
+
+    config: StudyConfig
+    ranks: tuple[int, ...]
+    steps: int
+    """Optimizer steps of a full-length trial."""
+    max_length: int
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What the sampler chooses; a setting with one value is not part of the search."""
+        search = self.config.search
+        choices: dict[str, BaseDistribution | None] = {
+            "method": _categorical(search.method),
+            "log2_rank": _powers(search.rank, self.ranks),
+            "rank": _listed(search.rank, self.ranks),
+            "log2_alpha": _powers(search.alpha, search.alphas),
+            "alpha": _listed(search.alpha, search.alphas),
+            "lr_ratio": _categorical(search.lr_ratio),
+            "target_modules": _categorical(range(len(self.config.target_choices()))),
+        }
+        rate = search.learning_rate
+        if isinstance(rate, RateRange):
+            half = math.log2(rate.high / rate.low) / 2
+            if half > 0:
+                choices["log2_lr_offset"] = FloatDistribution(-half, half)
+        else:
+            choices["learning_rate"] = _categorical(rate)
+        return {name: dist for name, dist in choices.items() if dist is not None}
+
+    def spec(self, params: Params) -> TrialSpec:
+        """The trial that a sampler's choice stands for."""
+        search, targets = self.config.search, self.config.target_choices()
+        method = params.get("method", search.method[0])
+        rank = self._rank(params)
+        chosen = TrialSpec(
+            role="search",
+            method=method,
+            rank=rank,
+            alpha=self._alpha(params),
+            scaling_rule=method,
+            learning_rate=self._learning_rate(params, method, rank),
+            lr_ratio=params.get("lr_ratio", search.lr_ratio[0]),
+            target_modules=targets[params.get("target_modules", 0)],
+        )
+        return self._with_training(chosen)
+
+    def params(self, spec: TrialSpec) -> Params | None:
+        """The sampler's choice that stands for a trial, None when it lies outside the space."""
+        search, targets = self.config.search, self.config.target_choices()
+        if spec.target_modules not in targets:
+            return None
+        full: Params = {
+            "method": spec.method,
+            "rank": spec.rank,
+            "log2_rank": round(math.log2(spec.rank)),
+            "alpha": spec.alpha,
+            "log2_alpha": round(math.log2(spec.alpha)),
+            "lr_ratio": spec.lr_ratio,
+            "target_modules": targets.index(spec.target_modules),
+            "learning_rate": spec.learning_rate,
+        }
+        if isinstance(search.learning_rate, RateRange):
+            centre = self.centre(spec.method, spec.rank)
+            full["log2_lr_offset"] = math.log2(spec.learning_rate / centre)
+        space = self.distributions()
+        if not self._fixed_values_match(spec) or not all(
+            _contains(dist, full[name]) for name, dist in space.items()
+        ):
+            return None
+        return {name: _clipped(dist, full[name]) for name, dist in space.items()}
+
+    def grid(self) -> Iterator[TrialSpec]:
+        """Every point of the grid, low ranks first."""
+        search = self.config.search
+        assert not isinstance(search.learning_rate, RateRange)
+        axes = (
+            self.ranks,
+            search.method,
+            search.alphas,
+            search.lr_ratio,
+            range(len(self.config.target_choices())),
+            search.learning_rate,
+        )
+        for rank, method, alpha, lr_ratio, targets, rate in itertools.product(*axes):
+            chosen = TrialSpec(
+                role="search",
+                method=method,
+                rank=rank,
+                alpha=alpha,
+                scaling_rule=method,
+                learning_rate=rate,
+                lr_ratio=lr_ratio,
+                target_modules=self.config.target_choices()[targets],
+            )
+            yield self._with_training(chosen)
+
+    def default(self) -> TrialSpec:
+        """PEFT's and Trainer's defaults: LoRA, rank 8, alpha 8, learning rate 5e-5, AdamW's kin."""
+        chosen = TrialSpec(
+            role="default",
+            method="lora",
+            rank=8,
+            alpha=8,
+            scaling_rule="lora",
+            learning_rate=5e-5,
+            target_modules=self.config.model.target_modules,
+        )
+        return self._with_training(chosen)
+
+    def default_tuned(self, learning_rate: float) -> TrialSpec:
+        """The default adapter at another learning rate."""
+        return replace(self.default(), role="default_tuned", learning_rate=learning_rate)
+
+    def centre(self, method: Method, rank: int) -> float:
+        """Where a learning-rate range is centred at ``rank``, by the prior of its scaling rule.
+
+        The geometric mean of the range at reference_rank, moved by `learning_rate_exponent`.
+        """
+        search = self.config.search
+        assert isinstance(search.learning_rate, RateRange)
+        assert method in ("rslora", "lora")
+        middle = math.sqrt(search.learning_rate.low * search.learning_rate.high)
+        exponent = learning_rate_exponent(method, self.config.training.optimizer)
+        return transferred_learning_rate(middle, search.reference_rank, rank, exponent)
+
+    def _rank(self, params: Params) -> int:
+        if "log2_rank" in params:
+            return int(2 ** params["log2_rank"])
+        return int(params.get("rank", self.ranks[0]))
+
+    def _alpha(self, params: Params) -> int:
+        if "log2_alpha" in params:
+            return int(2 ** params["log2_alpha"])
+        return int(params.get("alpha", self.config.search.alphas[0]))
+
+    def _learning_rate(self, params: Params, method: Method, rank: int) -> float:
+        rate = self.config.search.learning_rate
+        if isinstance(rate, RateRange):
+            exact = self.centre(method, rank) * 2 ** params.get("log2_lr_offset", 0.0)
+            return float(f"{exact:.4g}")  # what a person would copy is what was run
+        return float(params.get("learning_rate", rate[0]))
+
+    def _fixed_values_match(self, spec: TrialSpec) -> bool:
+        search = self.config.search
+        return (
+            spec.method in search.method
+            and spec.alpha in search.alphas
+            and spec.lr_ratio in search.lr_ratio
+            and (len(self.ranks) > 1 or spec.rank in self.ranks)
+        )
+
+    def _with_training(self, spec: TrialSpec) -> TrialSpec:
+        training = self.config.training
+        return replace(
+            spec,
+            optimizer=training.optimizer,
+            schedule=training.schedule,
+            warmup_share=training.warmup_share,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            batch_size=training.batch_size,
+            max_length=self.max_length,
+            steps=self.steps,
+            num_evals=min(training.num_evals, self.steps),
+            seed=training.seed,
+        )
+
+
+def stored_params(spec: TrialSpec) -> Params:
+    """A trial's settings as they stand in the Optuna study."""
+    return {name: getattr(spec, name) for name in STORED_DISTRIBUTIONS}
+
+
+def _categorical(values: Any) -> CategoricalDistribution | None:
+    values = tuple(values)
+    return CategoricalDistribution(values) if len(values) > 1 else None
+
+
+def _powers(choice: Any, values: tuple[int, ...]) -> IntDistribution | None:
+    if not isinstance(choice, PowerRange) or len(values) < 2:
+        return None
+    return IntDistribution(values[0].bit_length() - 1, values[-1].bit_length() - 1)
+
+
+def _listed(choice: Any, values: tuple[int, ...]) -> CategoricalDistribution | None:
+    return None if isinstance(choice, PowerRange) else _categorical(values)
+
+
+def _contains(dist: BaseDistribution, value: Any) -> bool:
+    if isinstance(dist, CategoricalDistribution):
+        return value in dist.choices
+    assert isinstance(dist, (IntDistribution, FloatDistribution))
+    slack = 1e-3 if isinstance(dist, FloatDistribution) else 0  # rounding of learning rates
+    return bool(dist.low - slack <= value <= dist.high + slack)
+
+
+def _clipped(dist: BaseDistribution, value: Any) -> Any:
+    if isinstance(dist, FloatDistribution):
+        return min(max(value, dist.low), dist.high)
+    return value

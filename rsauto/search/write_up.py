@@ -1,0 +1,132 @@
+"""From a run trial to its record and its adapter's card."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import UTC, datetime
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from rsauto.config import StudyConfig
+from rsauto.memory.plan import Prediction
+from rsauto.records import Outcome, TrialRecord, TrialSpec
+from rsauto.scaling import gamma_r
+from rsauto.training.trial import Trial
+
+_FROM_SPEC = (
+    "role", "method", "rank", "init_rank", "target_rank", "alpha", "scaling_rule",
+    "scaling_exponent", "init_scale", "target_modules", "learning_rate", "lr_ratio",
+    "lambda_lr_ratio", "optimizer", "schedule", "warmup_share", "weight_decay", "max_grad_norm",
+    "batch_size", "micro_batch_size", "max_length", "num_evals", "seed", "retry_of",
+)  # fmt: skip
+
+
+def trial_record(
+    number: int,
+    run: Trial,
+    spec: TrialSpec,
+    prediction: Prediction,
+    outcome: Outcome,
+    error: str | None,
+    *,
+    memory_budget_bytes: int,
+) -> TrialRecord:
+    """The record of a trial that was started, however it ended."""
+    last_point = run.curve[-1] if run.curve else None
+    steps = run.last.step if run.last else 0
+    tokens = run.last.tokens if run.last else 0
+    metrics = dict(last_point.metrics) if last_point else {}
+    seconds = run.train_seconds
+    return TrialRecord(
+        number=number,
+        outcome=outcome,
+        **{name: getattr(spec, name) for name in _FROM_SPEC},
+        gamma_r=gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent),
+        r_max=spec.rank,
+        steps=steps,
+        tokens=tokens,
+        fidelity=steps / spec.steps,
+        eval_loss=last_point.eval_loss if last_point else None,
+        perplexity=metrics.pop("perplexity", None),
+        metrics=metrics,
+        curve=tuple(run.curve),
+        num_trainable_params=prediction.num_trainable_params,
+        flops=run.flops,
+        predicted_peak_bytes=prediction.peak_bytes,
+        predicted_reserved_bytes=prediction.reserved_bytes,
+        measured_peak_bytes=run.measured_peak_bytes,
+        memory_budget_bytes=memory_budget_bytes,
+        train_seconds=seconds or None,
+        tokens_per_second=tokens / seconds if seconds else None,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+        started_at=run.started_at,
+        error=error,
+    )
+
+
+def infeasible_record(
+    number: int, spec: TrialSpec, smallest: Prediction, memory_budget_bytes: int
+) -> TrialRecord:
+    """The record of a configuration the planner refused; nothing of it was run."""
+    return TrialRecord(
+        number=number,
+        outcome="infeasible",
+        **{name: getattr(spec, name) for name in _FROM_SPEC if name != "micro_batch_size"},
+        micro_batch_size=smallest.micro_batch_size,
+        gamma_r=gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent),
+        r_max=spec.rank,
+        num_trainable_params=smallest.num_trainable_params,
+        predicted_peak_bytes=smallest.peak_bytes,
+        predicted_reserved_bytes=smallest.reserved_bytes,
+        memory_budget_bytes=memory_budget_bytes,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+        started_at=now(),
+        error="does not fit the memory budget",
+    )
+
+
+def trial_card(config: StudyConfig, base_name: str, record: TrialRecord) -> str:
+    """The adapter's README.md: what it is, how it was trained, how to load it."""
+    data = ModelCardData(
+        base_model=None if "/" not in base_name else base_name,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "rsauto"],
+    )
+    metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
+    content = f"""---
+{data.to_yaml()}
+---
+# LoRA adapter, rank {record.rank}
+
+Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
+`{base_name}`.
+
+The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = \
+{record.gamma_r:.6g} it was trained with is folded into B.
+
+| trained with | |
+|---|---|
+| method | {record.method} |
+| rank, alpha | {record.rank}, {record.alpha} |
+| learning rate (A), lr_ratio (B/A) | {record.learning_rate:g}, {record.lr_ratio:g} |
+| optimizer, schedule | {record.optimizer}, {record.schedule} |
+| steps x batch size | {record.steps} x {record.batch_size} |
+| seed | {record.seed} |
+
+| on the validation rows | |
+|---|---|
+| eval_loss | {record.eval_loss:.4f} |
+{metrics}
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+    return str(ModelCard(content))
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Training one trial, and measuring how good it is. Knows no Optuna."""

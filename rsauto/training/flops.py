@@ -1,0 +1,32 @@
+"""Floating-point operations of LoRA training, in closed form."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def training_flops(adapted: PeftModel, num_tokens: int) -> float:
+    """Multiply-adds counted as two, for forward and backward over ``num_tokens`` tokens.
+
+    4 N_frozen + 6 N_trainable per token, with N the weights of linear layers: 2 for the forward
+    pass, 2 for the gradient of the activations, and 2 more for the gradient of the weights where
+    they are trained (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, without the weight
+    gradients of frozen layers). The attention product itself, which does not depend on rank, and
+    the recomputation of gradient checkpointing are left out.
+    """
+    frozen, trainable = linear_weights(adapted)
+    return float(num_tokens) * (4.0 * frozen + 6.0 * trainable)
+
+
+def linear_weights(model: nn.Module) -> tuple[int, int]:
+    """(frozen, trainable) numbers of weights in linear layers; a tied output head counts."""
+    frozen = trainable = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            if module.weight.requires_grad:
+                trainable += module.weight.numel()
+            else:
+                frozen += module.weight.numel()
+    return frozen, trainable

@@ -1,0 +1,185 @@
+"""The training loop: one trial on one adapted model, read from top to bottom.
+
+It is a generator that yields after every optimizer step and knows nobody who watches it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rsauto.adapters.lora import trainable_parameters
+from rsauto.data import TokenisedData, batch_plan, collate, micro_batches, padded_tokens
+from rsauto.memory.measure import PeakMeter
+from rsauto.records import EvalPoint, StepPoint, TrialSpec
+from rsauto.training.evaluate import evaluate, watching
+from rsauto.training.loss import count_targets, summed_cross_entropy, token_mean
+from rsauto.training.schedule import evaluation_steps, rate_multiplier, warmup_steps
+
+
+class Diverged(ArithmeticError):
+    """A loss or a gradient was no longer a finite number."""
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: TokenisedData,
+    spec: TrialSpec,
+    *,
+    device: torch.device,
+    meter: PeakMeter | None = None,
+) -> Iterator[StepPoint]:
+    """Trains the adapter of ``model`` as ``spec`` says, yielding once per optimizer step.
+
+    The data order depends on ``spec.seed`` alone, so trials of one seed see the same batches.
+    Raises Diverged at the first loss or gradient that is not finite.
+    """
+    assert spec.micro_batch_size is not None, "the planner chooses it before training"
+    parameters = list(trainable_parameters(model).values())
+    order = batch_plan(len(data.train), spec.batch_size, spec.steps, spec.seed)
+    steps = [micro_batches(indices, spec.micro_batch_size) for indices in order]
+    watched = record_steps(steps, data)
+    evaluate_after = set(evaluation_steps(spec.steps, spec.num_evals))
+    losses: list[float] = []
+    norms: list[float] = []
+    num_tokens = 0
+
+    model.train()
+    for step, parts in enumerate(steps, start=1):
+        begin = time.perf_counter()
+        set_learning_rate(optimizer, spec, step - 1)
+        with watching(meter, step in watched):
+            loss = accumulate_gradients(model, parts, data, device)
+            norm, total_norm = gradient_norms(parameters)
+            if not (math.isfinite(loss) and math.isfinite(total_norm)):
+                raise Diverged(f"step {step}: loss {loss}, gradient norm {total_norm}")
+            if spec.max_grad_norm is not None:
+                clip_gradients(parameters, total_norm, spec.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - begin
+        losses.append(loss)
+        norms.append(norm)
+        num_tokens += sum(len(data.train[i].input_ids) for part in parts for i in part)
+
+        evaluation = None
+        if step in evaluate_after:
+            evaluation = eval_point(model, data, spec, device, meter, step, losses, norms)
+            losses, norms = [], []
+        yield StepPoint(
+            step=step,
+            train_loss=loss,
+            grad_norm=norm,
+            learning_rate=optimizer.param_groups[0]["lr"],
+            tokens=num_tokens,
+            seconds=seconds,
+            evaluation=evaluation,
+        )
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    parts: Sequence[Sequence[int]],
+    data: TokenisedData,
+    device: torch.device,
+) -> float:
+    """Backward over one global batch; returns its mean loss per counted token.
+
+    ``parts`` are the micro-batches, as indices of training examples.
+
+    All micro-batches share one denominator, so the gradient does not depend on how the batch is
+    cut, whatever the lengths.
+    """
+    batches = [collate([data.train[i] for i in part], data.pad_token_id) for part in parts]
+    num_targets = sum(count_targets(batch.labels) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        batch = batch.to(device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = token_mean(summed_cross_entropy(logits, batch.labels), num_targets)
+        del logits  # the graph keeps what backward needs; a second reference would keep the rest
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
+    """(mean Frobenius norm over tensors, global L2 norm) of the gradients.
+
+    The mean is what the rsLoRA paper's figure 3 shows; the global norm is what clipping uses.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms: Tensor = torch.stack(torch._foreach_norm(grads))
+    return float(norms.mean()), float(torch.linalg.vector_norm(norms))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scales all gradients so that their global L2 norm is at most ``max_norm`` (torch's rule)."""
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1.0:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+
+
+def set_learning_rate(optimizer: Optimizer, spec: TrialSpec, step: int) -> None:
+    """Sets every group to its peak rate times the schedule's multiplier for ``step`` (from 0)."""
+    num_warmup = warmup_steps(spec.steps, spec.warmup_share)
+    multiplier = rate_multiplier(spec.schedule, step, spec.steps, num_warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+
+
+def record_steps(steps: Sequence[Sequence[Sequence[int]]], data: TokenisedData) -> set[int]:
+    """Steps (from 1) with a larger padded micro-batch than any before: where a peak can rise.
+
+    The first step is left out where there is another: it has no optimizer states in its forward
+    pass yet, so the second one needs at least as much at equal size.
+    """
+    sizes = [
+        max(padded_tokens([data.train[i] for i in part]) for part in parts) for parts in steps
+    ]
+    if len(sizes) == 1:
+        return {1}
+    records = {2}
+    largest = sizes[1]
+    for step, size in enumerate(sizes[2:], start=3):
+        if size > largest:
+            records.add(step)
+            largest = size
+    return records
+
+
+def eval_point(
+    model: nn.Module,
+    data: TokenisedData,
+    spec: TrialSpec,
+    device: torch.device,
+    meter: PeakMeter | None,
+    step: int,
+    losses: Sequence[float],
+    norms: Sequence[float],
+) -> EvalPoint:
+    """Evaluates, and sums up the steps since the last evaluation. Raises Diverged."""
+    assert spec.micro_batch_size is not None
+    result = evaluate(
+        model,
+        data.validation,
+        batch_size=spec.micro_batch_size,
+        pad_token_id=data.pad_token_id,
+        device=device,
+        meter=meter if step == evaluation_steps(spec.steps, spec.num_evals)[0] else None,
+    )
+    if not math.isfinite(result.eval_loss):
+        raise Diverged(f"step {step}: validation loss {result.eval_loss}")
+    return EvalPoint(
+        step=step,
+        train_loss=sum(losses) / len(losses),
+        eval_loss=result.eval_loss,
+        grad_norm=sum(norms) / len(norms),
+        metrics=result.metrics,
+    )

@@ -1,0 +1,143 @@
+"""One trial from beginning to end: adapter on, train, measure, save, adapter off.
+
+The base model is loaded once and shared by all trials of a process; an adapter is put on it for
+the length of one trial and taken off again, also when the trial fails.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rsauto.adapters.export import save_adapter
+from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
+from rsauto.adapters.optimizers import build_optimizer
+from rsauto.data import TokenisedData
+from rsauto.memory.measure import PeakMeter
+from rsauto.records import EvalPoint, StepPoint, TrialSpec
+from rsauto.training.flops import training_flops
+from rsauto.training.loop import train
+
+
+class OutOfMemory(MemoryError):
+    """The device had no room for the trial; the trial's memory has been given back."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every trial of a process shares."""
+
+    model: PreTrainedModel
+    """Frozen, on its device, without an adapter."""
+    base_name: str
+    data: TokenisedData
+    device: torch.device
+
+
+class Trial:
+    """A trial being run. Use as a context manager; the adapter is removed at the end.
+
+        with Trial(bench, spec) as trial:
+            for point in trial.steps():
+                ...
+            trial.save(folder, card)
+    """
+
+    def __init__(self, bench: Bench, spec: TrialSpec) -> None:
+        self.bench = bench
+        self.spec = spec
+        self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.curve: list[EvalPoint] = []
+        self.last: StepPoint | None = None
+        self.train_seconds = 0.0
+        """Wall time in optimizer steps, evaluation and the caller's own time excluded."""
+        self._adapted: PeftModel | None = None
+        self._meter: PeakMeter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._adapted is not None:
+            remove_adapter(self._adapted)
+            self._adapted = None
+        gc.collect()
+        clear_device_cache()
+
+    def steps(self) -> Iterator[StepPoint]:
+        """Trains, yielding after every optimizer step. Raises Diverged and OutOfMemory."""
+        try:
+            adapted = self._put_on_adapter()
+            optimizer = build_optimizer(
+                adapted,
+                name=self.spec.optimizer,
+                learning_rate=self.spec.learning_rate,
+                lr_ratio=self.spec.lr_ratio,
+                weight_decay=self.spec.weight_decay,
+            )
+            device = self.bench.device
+            self._meter = PeakMeter(device, adapted, optimizer)
+            points = train(
+                adapted, optimizer, self.bench.data, self.spec, device=device, meter=self._meter
+            )
+            for point in points:
+                self.last = point
+                self.train_seconds += point.seconds
+                if point.evaluation is not None:
+                    self.curve.append(point.evaluation)
+                yield point
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            # The traceback's frames hold the tensors that did not fit; keep its text only.
+            raise OutOfMemory(str(error).split("\n")[0]) from None
+
+    def save(self, folder: Path, card: str) -> int:
+        """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
+        assert self._adapted is not None, "a trial is saved while it is open, after training"
+        return save_adapter(
+            self._adapted, folder, base_name=self.bench.base_name, card=card
+        )
+
+    @property
+    def measured_peak_bytes(self) -> int | None:
+        """Peak memory of the device so far, None before the first full step."""
+        return self._meter.peak_bytes if self._meter is not None else None
+
+    @property
+    def num_trainable_params(self) -> int | None:
+        if self._adapted is None:
+            return None
+        return sum(p.numel() for p in trainable_parameters(self._adapted).values())
+
+    @property
+    def flops(self) -> float | None:
+        """Floating-point operations of the steps done so far, see `training_flops`."""
+        if self._adapted is None or self.last is None:
+            return None
+        return training_flops(self._adapted, self.last.tokens)
+
+    def _put_on_adapter(self) -> PeftModel:
+        torch.manual_seed(self.spec.seed)
+        self._adapted = add_adapter(self.bench.model, self.spec)
+        self._adapted.to(self.bench.device)
+        return self._adapted
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
