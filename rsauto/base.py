@@ -37,12 +37,13 @@ class BaseSource:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     fingerprint: str
-    """Changes when the model does: the hub commit, or a hash of the configuration and file sizes."""
+    """Changes when the model does: the hub commit, or a hash of configuration and file sizes."""
 
 
 def pick_device() -> torch.device:
     """The device accelerate would use: this process's GPU where there is one, else the CPU."""
-    return PartialState().device
+    device: torch.device = PartialState().device
+    return device
 
 
 def open_base(config: ModelConfig) -> BaseSource:
@@ -81,7 +82,13 @@ def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) 
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model.name: {config.name!r} cannot be loaded: {_first(error)}") from None
-    return prepare(model, config.gradient_checkpointing).to(device)  # type: ignore[arg-type]
+    return to_device(prepare(model, config.gradient_checkpointing), device)
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model with its weights on ``device``."""
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
 
 
 def prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:

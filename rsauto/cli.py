@@ -7,6 +7,7 @@ early but resumable, 5 every trial failed.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,8 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
     from rich.console import Console
 
     console = Console(stderr=as_json, soft_wrap=False)
-    console.print("starting (loading torch and transformers) ...", style="dim")
+    console.print("loading libraries ...", style="dim")
+    _quieten_libraries()
     from rsauto.console import print_verdict, watch
     from rsauto.report.table import load_study
     from rsauto.report.verdict import judge
@@ -133,8 +135,7 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
 def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """What `study --json` ends with; the four trials are whole records, or null."""
     chosen = {
-        name: getattr(verdict, name)
-        for name in ("best", "recommended", "default", "default_tuned")
+        name: getattr(verdict, name) for name in ("best", "recommended", "default", "default_tuned")
     }
     return {
         "out": str(study.folder),
@@ -142,6 +143,16 @@ def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
         **{name: record.to_json() if record else None for name, record in chosen.items()},
         "seconds": round(seconds, 1),
     }
+
+
+def _quieten_libraries() -> None:
+    """Progress bars and notes of the libraries would tear the live display."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def parse_bytes(value: Any) -> Any:
 
     GiB, MiB, KiB are powers of 1024; GB, MB, KB powers of 1000. Raises ValueError otherwise.
     """
-    if value == "auto" or isinstance(value, bool) or value is None:
+    if value == "auto":
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].upper() not in _UNITS:
@@ -47,7 +47,9 @@ def parse_bytes(value: Any) -> Any:
 class Part(BaseModel):
     """A section of the study file: unknown keys are errors, values cannot be changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Part):
@@ -142,7 +144,7 @@ class TrainingConfig(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+            raise ValueError("give exactly one of steps and epochs; null takes one back")
         micro = self.micro_batch_size
         if micro != "auto" and (micro < 1 or self.batch_size % micro):
             divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
@@ -201,13 +203,11 @@ _Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 _Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 _Targets = Literal["all-linear", "attention"] | tuple[str, ...]
 _IntChoice = Annotated[
-    Annotated[PowerRange, Tag("range")]
-    | Annotated[_Ints, BeforeValidator(_as_tuple), Tag("list")],
+    Annotated[PowerRange, Tag("range")] | Annotated[_Ints, BeforeValidator(_as_tuple), Tag("list")],
     Discriminator(_kind),
 ]
 _RateChoice = Annotated[
-    Annotated[RateRange, Tag("range")]
-    | Annotated[_Rates, BeforeValidator(_as_tuple), Tag("list")],
+    Annotated[RateRange, Tag("range")] | Annotated[_Rates, BeforeValidator(_as_tuple), Tag("list")],
     Discriminator(_kind),
 ]
 
@@ -318,7 +318,7 @@ def _flat(config: StudyConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and value.keys() != {"low", "high"}:
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), item)
         else:

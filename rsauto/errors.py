@@ -1,7 +1,7 @@
 """Every error a user can meet, each with the exit code the command line ends with.
 
     RsautoError
-      InputError            2   the configuration, the data or the folder is wrong; nothing was started
+      InputError            2   configuration, data or folder are wrong; nothing was started
       BudgetError           3   no configuration fits the memory budget
       StudyInterrupted      4   stopped early, the same command continues
       AllTrialsFailedError  5   trials ran, and every one of them failed

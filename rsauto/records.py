@@ -187,9 +187,10 @@ class TrialRecord:
 def _eval_point(data: dict[str, Any]) -> EvalPoint:
     """A curve point; a loss written as null was not finite."""
     losses = {"train_loss", "eval_loss", "grad_norm"}
-    return EvalPoint(
-        **{k: (math.nan if k in losses and v is None else v) for k, v in data.items()}
-    )
+    values: dict[str, Any] = {
+        key: math.nan if key in losses and value is None else value for key, value in data.items()
+    }
+    return EvalPoint(**values)
 
 
 def _finite(value: Any) -> Any:

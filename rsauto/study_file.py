@@ -6,6 +6,8 @@ allowed.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,32 @@ STUDY_FILE = Path(__file__).parent / "embedded" / "study.yaml"
 """The study that runs when none is named."""
 
 Path_ = tuple[str | int, ...]
+"""Where a value stands: keys and positions in lists."""
+
+Places = dict[Path_, str]
+"""Where a value was given, such as 'study.yaml:12' or '--set search.trials=3'."""
+
+_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text, in quotes where it looks like something else",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": (
+        "must be letters, digits, dots, dashes and underscores, the first a letter or digit"
+    ),
+    "tuple_type": "must be a list",
+    "too_short": "must not be empty",
+    "model_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "missing": "is missing",
+}
+"""pydantic's kinds of errors in the words of a study file."""
 
 
 def load(
@@ -29,84 +57,100 @@ def load(
     """The study of a file, or the embedded one when ``path`` is None.
 
     ``preset`` applies a named set of changes from the file, ``sets`` are 'section.key=value'
-    strings applied last. Raises InputError with every problem found.
+    strings applied last. A study without a name is called after its file. Raises InputError with
+    every problem found.
     """
     path = STUDY_FILE if path is None else path
-    raw, lines = _read(path)
-    raw.setdefault("name", path.stem)
+    raw, places = _read(path)
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:80] or "study")
     if preset is not None:
-        _merge(raw, _preset(raw, preset))
+        _merge(raw, _preset(raw, preset), places, f"{path}: preset {preset}")
     for assignment in sets:
-        _merge(raw, _parse_set(assignment))
-    return validate(raw, source=str(path), lines=lines)
+        _merge(raw, _parse_set(assignment), places, f"--set {assignment}")
+    return validate(raw, source=str(path), places=places)
 
 
 def validate(
-    raw: Mapping[str, Any], *, source: str = "config", lines: Mapping[Path_, int] | None = None
+    raw: Mapping[str, Any], *, source: str = "config", places: Places | None = None
 ) -> StudyConfig:
     """A StudyConfig from plain values. Raises InputError with every problem found."""
     try:
         return StudyConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError(_problems(error, raw, source, lines or {})) from None
+        raise InputError(_problems(error, raw, source, places or {})) from None
 
 
 def dump(config: StudyConfig) -> str:
     """The study as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    plain = config.model_dump(mode="json")
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != plain:  # PyYAML loses rare line breaks, U+0085, unless escaped
+        text = yaml.safe_dump(plain, sort_keys=False)
+    return text
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+def _read(path: Path) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         there = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such study file.{nearest(path.name, there)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a study file: {error}.") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, not a study file.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not a text file in UTF-8.") from None
+    places: Places = {}
+    repeated: list[str] = []
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
+        _find_places(yaml.compose(text, Loader=yaml.SafeLoader), (), str(path), places, repeated)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error)
         raise InputError(f"{where}: not valid YAML: {reason}.") from None
+    except ValueError as error:  # such as the date 2024-13-45
+        raise InputError(f"{path}: not valid YAML: {error}.") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid YAML: it contains itself, or is too deep.") from None
     if raw is None:
         return {}, {}
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a study file is a mapping of keys to values, see the README.")
-    lines: dict[Path_, int] = {}
-    repeated: list[str] = []
-    _number_lines(node, (), lines, repeated)
     if repeated:
-        raise InputError([f"{path}:{line}" for line in repeated])
-    return raw, lines
+        raise InputError(repeated)
+    return raw, places
 
 
-def _number_lines(
-    node: yaml.Node | None, path: Path_, lines: dict[Path_, int], repeated: list[str]
+def _find_places(
+    node: yaml.Node | None, path: Path_, file: str, places: Places, repeated: list[str]
 ) -> None:
     """Line of every key, counted from 1; a key given twice would silently lose its first value."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
-            if here in lines:
-                repeated.append(f"{key.start_mark.line + 1}: {_dotted(here)}: given twice.")
-            lines[here] = key.start_mark.line + 1
-            _number_lines(value, here, lines, repeated)
+            line = f"{file}:{key.start_mark.line + 1}"
+            if here in places:
+                repeated.append(f"{line}: {_dotted(here)}: given twice.")
+            places[here] = line
+            _find_places(value, here, file, places, repeated)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _number_lines(value, (*path, index), lines, repeated)
+            places[(*path, index)] = f"{file}:{value.start_mark.line + 1}"
+            _find_places(value, (*path, index), file, places, repeated)
 
 
 def _preset(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     presets = raw.get("presets")
     presets = presets if isinstance(presets, dict) else {}
     if name not in presets:
-        there = ", ".join(presets) or "none"
-        raise InputError(f"--preset {name}: the study has no such preset; it has: {there}.")
+        there = ", ".join(map(str, presets)) or "none"
+        raise InputError(
+            f"--preset {name}: the study has no such preset.{nearest(name, map(str, presets))} "
+            f"It has: {there}."
+        )
     chosen = presets[name]
     if not isinstance(chosen, dict):
         raise InputError(f"presets.{name}: must be a mapping, a partial study file.")
@@ -115,64 +159,89 @@ def _preset(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _parse_set(assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
-    if not equals or not key.strip():
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
         raise InputError(f"--set {assignment}: must look like section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     nested: Any = value
-    for part in reversed(key.strip().split(".")):
+    for part in reversed(parts):
         nested = {part: nested}
     return dict(nested)
 
 
-def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def _merge(
+    into: dict[str, Any],
+    changes: Mapping[str, Any],
+    places: Places,
+    origin: str,
+    path: Path_ = (),
+) -> None:
+    """Applies changes in place: mappings are merged, anything else replaces what was there."""
     for key, value in changes.items():
+        here = (*path, str(key))
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            if set(value) & {"low", "high"} or not value:
-                into[key] = dict(value)
-            else:
-                _merge(into[key], value)
-        else:
-            into[key] = value
+            _merge(into[key], value, places, origin, here)
+            continue
+        for known in [p for p in places if p[: len(here)] == here]:
+            del places[known]
+        places[here] = origin
+        into[key] = copy.deepcopy(value)
 
 
 def _problems(
-    error: ValidationError, raw: Mapping[str, Any], source: str, lines: Mapping[Path_, int]
+    error: ValidationError, raw: Mapping[str, Any], source: str, places: Places
 ) -> list[str]:
-    """One line a faulty key; the alternatives of a union are joined with 'or'."""
-    reasons: dict[Path_, list[str]] = defaultdict(list)
+    """One line a faulty key, in the order of the file; what a union allows is joined with 'or'."""
+    found: dict[Path_, list[tuple[str, str]]] = defaultdict(list)
+    values: dict[Path_, Any] = {}
     for item in error.errors(include_url=False):
         path = _path_in_file(item["loc"], raw)
-        reason = _reason(item["type"], item["msg"], path)
-        if item["type"] not in {"extra_forbidden", "missing"} and not isinstance(
-            item["input"], (dict, list, tuple, BaseModel)
-        ):
-            reason = f"{reason} (got {item['input']!r})"
-        if reason not in reasons[path]:
-            reasons[path].append(reason)
-    return [
-        f"{_where(path, source, lines)}: {_dotted(path)}: {_join(found)}."
-        for path, found in sorted(reasons.items(), key=lambda entry: lines.get(entry[0], 0))
+        found[path].append((item["type"], _reason(item["type"], item["msg"], path)))
+        values.setdefault(path, item["input"])
+    listed = [
+        (_place(path, reasons, source, places), path, reasons)
+        for path, reasons in _most_telling(found).items()
     ]
+    order = {place: position for position, place in enumerate(places.values())}
+    listed.sort(key=lambda entry: order.get(entry[0], len(order)))
+    lines = [
+        f"{place}: {_dotted(path)}: {_join([text for _, text in reasons])}"
+        f"{_got(reasons, values[path])}"
+        for place, path, reasons in listed
+    ]
+    return [line if line.endswith("?") else line + "." for line in lines]
+
+
+def _most_telling(found: dict[Path_, list[tuple[str, str]]]) -> dict[Path_, list[tuple[str, str]]]:
+    """Without what only follows from another error, as the empty rest of a list of bad entries."""
+    kept: dict[Path_, list[tuple[str, str]]] = {}
+    for path, reasons in found.items():
+        deeper = any(len(p) > len(path) and p[: len(path)] == path for p in found)
+        if deeper:
+            reasons = [r for r in reasons if r[0] not in ("literal_error", "too_short")]
+        elif len(reasons) > 1:
+            reasons = [r for r in reasons if r[0] != "too_short"]
+        if reasons:
+            kept[path] = list(dict.fromkeys(reasons))
+    return kept
 
 
 def _path_in_file(loc: Path_, raw: Any) -> Path_:
     """pydantic's location without the names of union members it puts in between."""
     path: list[str | int] = []
     for position, step in enumerate(loc):
-        inside = isinstance(raw, Mapping) and step in raw
-        if inside or (isinstance(raw, (list, tuple)) and isinstance(step, int)):
-            raw = raw[step]  # type: ignore[index]
+        if isinstance(raw, Mapping) and step in raw:
+            raw = raw[step]
+            path.append(str(step))
+        elif isinstance(raw, (list, tuple)) and isinstance(step, int) and step < len(raw):
+            raw = raw[step]
             path.append(step)
-        elif isinstance(step, str) and position == len(loc) - 1 and _is_field(step, path):
+        elif position == len(loc) - 1 and step in _known_keys(path):
             path.append(step)
     return tuple(path)
-
-
-def _is_field(step: str, path: Sequence[str | int]) -> bool:
-    return step in _known_keys(path)
 
 
 def _known_keys(path: Sequence[str | int]) -> list[str]:
@@ -187,29 +256,41 @@ def _known_keys(path: Sequence[str | int]) -> list[str]:
 
 
 def _reason(kind: str, message: str, path: Path_) -> str:
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         known = _known_keys(path[:-1])
         hint = nearest(str(path[-1]), known)
-        return f"unknown key.{hint} Allowed here: {', '.join(known)}"
-    if kind == "missing":
-        return "is missing"
-    text = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return text.replace("Input should be", "must be").rstrip(".")
+        return f"unknown key.{hint or ' Allowed here: ' + ', '.join(known)}"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    text = message.removeprefix("Value error, ").rstrip(".")
+    text = text.replace("Input should be", "must be")
+    return text.replace("greater than or equal to", "at least")
 
 
 def _join(reasons: Sequence[str]) -> str:
-    """'must be an integer, or must be 'auto' (got 3.5)' from the members of a union."""
-    ends = {reason.rpartition(" (got ")[2] for reason in reasons}
-    if len(reasons) > 1 and len(ends) == 1:
-        heads = [reason.rpartition(" (got ")[0] for reason in reasons]
-        return f"{', or '.join(heads)} (got {ends.pop()}"
-    return "; ".join(reasons)
+    """'must be a whole number or 'auto'' from the members of a union."""
+    first, *others = reasons
+    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
 
 
-def _where(path: Path_, source: str, lines: Mapping[Path_, int]) -> str:
+def _got(reasons: Sequence[tuple[str, str]], value: Any) -> str:
+    if reasons[0][0] in ("extra_forbidden", "invalid_key", "missing"):
+        return ""
+    if isinstance(value, (dict, list, tuple, BaseModel)):
+        return ""
+    if value is None:
+        return " (got nothing)"
+    return f" (got {value!r})" if isinstance(value, str) else f" (got {value})"
+
+
+def _place(path: Path_, reasons: Sequence[tuple[str, str]], source: str, places: Places) -> str:
+    """Where the faulty value was given; of a section that does not fit together, its first key."""
+    if reasons[0][0] == "value_error":
+        named = [(*path, word) for word in re.findall(r"\w+", reasons[0][1])]
+        path = next((p for p in named if p in places), path)
     for length in range(len(path), 0, -1):
-        if path[:length] in lines:
-            return f"{source}:{lines[path[:length]]}"
+        if path[:length] in places:
+            return places[path[:length]]
     return source
 
 

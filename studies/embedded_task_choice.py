@@ -3,8 +3,9 @@
     python studies/embedded_task_choice.py            # every measurement, about 30 minutes
     python studies/embedded_task_choice.py --quick    # does it run? well under a minute
 
-1. Every candidate task at three ranks of rsLoRA and in full fine-tuning, one seed.
-2. The chosen one at every rank, with both scaling rules, PEFT's defaults and three seeds.
+1. The chosen task at every rank of rsLoRA, in full fine-tuning, at three ranks of LoRA and with
+   PEFT's defaults; three seeds.
+2. Every candidate at the lowest and the highest rank of rsLoRA, one seed.
 
 A learning rate is tuned on a grid of factors of 2, extended until the best mean validation loss
 over the seeds has a worse one on both sides. Every trial is a line of
@@ -18,12 +19,15 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import math
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -49,7 +53,8 @@ NUM_EVALS = 3
 IGNORED = -100
 
 RANKS = (2, 4, 8, 16, 32, 64)
-SCREENING_RANKS = (2, 8, 64)
+COARSE_RANKS = (2, 8, 64)
+SCREENING_RANKS = (2, 64)
 SEEDS = (0, 1, 2)
 ALPHA = 16.0
 START_LR: dict[Rule, float] = {"rslora": 8e-3, "lora": 8e-3, "full": 4e-3}
@@ -103,6 +108,9 @@ def word_lists(num_rows: int = 3200, seed: int = 0) -> Splits:
 
 CANDIDATES: dict[str, Callable[[], Splits]] = {
     "short-32": lambda: by_name(generate_splits(LanguageSpec())),
+    "short-24": lambda: by_name(
+        generate_splits(LanguageSpec(num_nouns=12, num_adjectives=6, num_verbs=6))
+    ),
     "short-64": lambda: by_name(
         generate_splits(LanguageSpec(num_nouns=32, num_adjectives=16, num_verbs=16))
     ),
@@ -337,63 +345,98 @@ class Setting:
         )  # fmt: skip
 
 
-class Bench:
-    """The base model, the encoded candidates and the trials done so far."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A trial to run."""
 
-    def __init__(self, csv_path: Path, *, steps: int, schedule: str) -> None:
-        self.base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    setting: Setting
+    lr: float
+    seed: int
+    steps: int
+    schedule: str
+
+    def is_answered_by(self, trial: Trial) -> bool:
+        """Whether `trial` is this one; the CSV keeps four digits of a learning rate."""
+        return (
+            self.setting.matches(trial)
+            and (trial.steps, trial.schedule, trial.seed) == (self.steps, self.schedule, self.seed)
+            and math.isclose(trial.lr, self.lr, rel_tol=1e-3)
+        )
+
+
+@functools.cache
+def load_base() -> PreTrainedModel:
+    """The embedded model, once per process."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    return model
+
+
+@functools.cache
+def load_candidate(candidate: str) -> dict[str, Encoded]:
+    """Training and validation rows as tokens, once per process."""
+    return {name: encode(rows) for name, rows in CANDIDATES[candidate]().items()}
+
+
+def answer(request: Request) -> Trial:
+    """Run the trial in a worker process.
+
+    One thread: at this size the threads of one step wait for each other longer than they work, so
+    two trials side by side are faster than two threads in a trial.
+    """
+    torch.set_num_threads(1)
+    setting = request.setting
+    return run_trial(
+        load_base(),
+        load_candidate(setting.candidate),
+        candidate=setting.candidate,
+        rule=setting.rule,
+        rank=setting.rank,
+        alpha=setting.alpha,
+        lr=request.lr,
+        steps=request.steps,
+        schedule=request.schedule,
+        seed=request.seed,
+    )
+
+
+class Bench:
+    """The pool that runs trials, and the trials done so far."""
+
+    def __init__(self, csv_path: Path, pool: Executor, *, steps: int, schedule: str) -> None:
         self.csv_path = csv_path
+        self.pool = pool
         self.steps = steps
         self.schedule = schedule
         self.done = read_trials(csv_path)
-        self.encoded: dict[str, dict[str, Encoded]] = {}
 
-    def data(self, candidate: str) -> dict[str, Encoded]:
-        """Training and validation rows as tokens, encoded on first use."""
-        if candidate not in self.encoded:
-            splits = CANDIDATES[candidate]()
-            self.encoded[candidate] = {name: encode(rows) for name, rows in splits.items()}
-        return self.encoded[candidate]
-
-    def trial(self, setting: Setting, lr: float, seed: int) -> Trial:
-        """Run one trial, or return its record if it has been run."""
-        for trial in self.done:
-            is_same_run = (trial.steps, trial.schedule, trial.seed) == (
-                self.steps, self.schedule, seed,
-            )  # fmt: skip
-            # The CSV keeps four digits of the learning rate.
-            if setting.matches(trial) and is_same_run and math.isclose(trial.lr, lr, rel_tol=1e-3):
-                return trial
-        trial = run_trial(
-            self.base,
-            self.data(setting.candidate),
-            candidate=setting.candidate,
-            rule=setting.rule,
-            rank=setting.rank,
-            alpha=setting.alpha,
-            lr=lr,
-            steps=self.steps,
-            schedule=self.schedule,
-            seed=seed,
-        )
-        append_trial(self.csv_path, trial)
-        self.done.append(trial)
-        return trial
+    def trials(
+        self, setting: Setting, rates: Sequence[float], seeds: Sequence[int]
+    ) -> list[list[Trial]]:
+        """For every learning rate its trials, one per seed; runs those that have no record."""
+        requests = [
+            Request(setting=setting, lr=lr, seed=seed, steps=self.steps, schedule=self.schedule)
+            for lr in rates
+            for seed in seeds
+        ]
+        missing = [r for r in requests if not any(r.is_answered_by(t) for t in self.done)]
+        for trial in self.pool.map(answer, missing):
+            append_trial(self.csv_path, trial)
+            self.done.append(trial)
+        found = [next(t for t in self.done if r.is_answered_by(t)) for r in requests]
+        return [found[k : k + len(seeds)] for k in range(0, len(found), len(seeds))]
 
     def tune(self, setting: Setting, seeds: Sequence[int], start_lr: float) -> list[Trial]:
         """Walk the grid start_lr * 2^k until the best mean loss has a worse one on both sides.
 
         Returns the trials, one per seed, at the best learning rate.
         """
-
-        def mean_loss(k: int) -> float:
-            loss = mean_val_loss([self.trial(setting, start_lr * 2.0**k, s) for s in seeds])
-            return loss if math.isfinite(loss) else math.inf
-
-        best = 0
-        while (nearby := min((best, best - 1, best + 1), key=mean_loss)) != best:
-            best = nearby
-        return [self.trial(setting, start_lr * 2.0**best, s) for s in seeds]
+        lr = start_lr
+        while True:
+            lower, here, upper = self.trials(setting, (lr / 2, lr, lr * 2), seeds)
+            best = min((lower, here, upper), key=mean_val_loss)
+            if best is here:
+                return here
+            lr = best[0].lr
 
     def tune_ranks(
         self, candidate: str, rule: Rule, ranks: Sequence[int], seeds: Sequence[int]
@@ -402,15 +445,17 @@ class Bench:
         start_lr = START_LR[rule]
         tuned: list[list[Trial]] = []
         for rank in ranks:
-            tuned.append(self.tune(Setting(candidate=candidate, rule=rule, rank=rank), seeds, start_lr))
+            setting = Setting(candidate=candidate, rule=rule, rank=rank)
+            tuned.append(self.tune(setting, seeds, start_lr))
             start_lr = tuned[-1][0].lr
             print(table_line("", tuned[-1]), flush=True)
         return tuned
 
 
 def mean_val_loss(trials: Sequence[Trial]) -> float:
-    """Mean over the seeds, nats per completion token."""
-    return statistics.fmean(trial.val_loss for trial in trials)
+    """Mean over the seeds, nats per completion token; infinite where a trial diverged."""
+    loss = statistics.fmean(trial.val_loss for trial in trials)
+    return loss if math.isfinite(loss) else math.inf
 
 
 # Tables ----------------------------------------------------------------------------------------
@@ -423,7 +468,7 @@ TABLE_HEAD = (
 
 
 def mean_and_deviation(values: Sequence[float], digits: int) -> str:
-    """"mean ± standard deviation" over the seeds, the mean alone for a single seed."""
+    """Mean ± standard deviation over the seeds, the mean alone for a single seed."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -464,28 +509,24 @@ def lr_table(trials: Sequence[Trial], rule: Rule) -> str:
 def measure_chosen(bench: Bench, ranks: Sequence[int], seeds: Sequence[int]) -> list[str]:
     """Lines for the chosen task: both rules at every rank, full fine-tuning, PEFT's defaults."""
     peft_default = Setting(candidate=CHOSEN, rule="lora", rank=8, alpha=8.0)
-    lines = [TABLE_HEAD]
-    untuned = [bench.trial(peft_default, 5e-5, seed) for seed in seeds]
-    lines.append(table_line("PEFT defaults", untuned))
-    lines.append(table_line("PEFT defaults, rate tuned", bench.tune(peft_default, seeds, 8e-3)))
-    rules: tuple[Rule, ...] = ("rslora", "lora")
-    for rule in rules:
-        tuned = bench.tune_ranks(CHOSEN, rule, ranks, seeds)
-        lines += [table_line("rate tuned", trials) for trials in tuned]
-    full = bench.tune(Setting(candidate=CHOSEN, rule="full"), seeds, START_LR["full"])
-    return [*lines, table_line("rate tuned", full)]
+    coarse = [rank for rank in ranks if rank in COARSE_RANKS]
+    (untuned,) = bench.trials(peft_default, (5e-5,), seeds)
+    return [
+        TABLE_HEAD,
+        *(table_line("tuned", t) for t in bench.tune_ranks(CHOSEN, "rslora", ranks, seeds)),
+        *(table_line("tuned", t) for t in bench.tune_ranks(CHOSEN, "full", (0,), seeds)),
+        *(table_line("tuned", t) for t in bench.tune_ranks(CHOSEN, "lora", coarse, seeds)),
+        table_line("PEFT defaults", untuned),
+        table_line("PEFT defaults, tuned", bench.tune(peft_default, seeds, START_LR["lora"])),
+    ]
 
 
 def screen(bench: Bench) -> list[str]:
-    """Lines for every candidate: three ranks of rsLoRA and full fine-tuning, seed 0."""
+    """Lines for every candidate: the lowest and the highest rank of rsLoRA, seed 0."""
     lines = [TABLE_HEAD]
     for candidate in CANDIDATES:
-        print(candidate, flush=True)
-        for trials in (
-            *bench.tune_ranks(candidate, "rslora", SCREENING_RANKS, SEEDS[:1]),
-            *bench.tune_ranks(candidate, "full", (0,), SEEDS[:1]),
-        ):
-            lines.append(table_line(candidate, trials))
+        tuned = bench.tune_ranks(candidate, "rslora", SCREENING_RANKS, SEEDS[:1])
+        lines += [table_line(candidate, trials) for trials in tuned]
     return lines
 
 
@@ -497,20 +538,16 @@ def write_tables(path: Path, tables: str) -> None:
     path.write_text(f"{before}{TABLES_BEGIN}\n\n{tables}\n\n{TABLES_END}{after}", encoding="utf-8")
 
 
-def main() -> None:
-    """Command line of the study."""
-    parser = argparse.ArgumentParser(description="Choose the embedded fine-tuning task.")
-    parser.add_argument("--quick", action="store_true", help="a few steps, nothing is kept")
-    parser.add_argument("--schedule", choices=["linear", "constant"], default="linear")
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder) / "quick.csv", steps=6, schedule=arguments.schedule)
-            print("\n".join(measure_chosen(bench, (2,), SEEDS[:1])))
-        return
+def quick(pool: Executor) -> None:
+    """A few steps of the chosen task at one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder) / "quick.csv", pool, steps=6, schedule="linear")
+        print("\n".join(measure_chosen(bench, (2,), SEEDS[:1])))
 
-    bench = Bench(REPORT_DIR / "task-choice.csv", steps=NUM_STEPS, schedule=arguments.schedule)
+
+def measure_everything(pool: Executor, schedule: str) -> None:
+    """Run what has no record and rewrite the tables of the report."""
+    bench = Bench(REPORT_DIR / "task-choice.csv", pool, steps=NUM_STEPS, schedule=schedule)
     chosen = measure_chosen(bench, RANKS, SEEDS)
     candidates = screen(bench)
     tables = [
@@ -520,6 +557,20 @@ def main() -> None:
         lr_table(bench.done, "rslora"), "", lr_table(bench.done, "lora"),
     ]  # fmt: skip
     write_tables(REPORT_DIR / "task-choice.md", "\n".join(tables))
+
+
+def main() -> None:
+    """Command line of the study."""
+    parser = argparse.ArgumentParser(description="Choose the embedded fine-tuning task.")
+    parser.add_argument("--quick", action="store_true", help="a few steps, nothing is kept")
+    parser.add_argument("--schedule", choices=["linear", "constant"], default="linear")
+    arguments = parser.parse_args()
+    # Spawned, not forked: a fork of a process that has run torch's threads can hang.
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        if arguments.quick:
+            quick(pool)
+        else:
+            measure_everything(pool, arguments.schedule)
 
 
 if __name__ == "__main__":

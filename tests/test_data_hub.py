@@ -86,7 +86,7 @@ def test_hub_errors_say_what_to_do(
 def test_a_missing_subset_lists_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "Config name is missing.\nPlease pick one among the available configs: ['x', 'y']"
     answer_with(monkeypatch, ValueError(missing))
-    with pytest.raises(InputError, match="several subsets: choose one. There are x, y"):
+    with pytest.raises(InputError, match=r"several subsets: choose one\. There are x, y"):
         load_rows(DataConfig(name="a/b"))
 
 

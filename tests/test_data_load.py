@@ -137,8 +137,16 @@ def test_folders_that_are_unclear_are_refused(
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("test", True), ("test-00000-of-00001", True), ("sst2_test", True), ("Testing", True)]
-    + [("testimonials", False), ("latest", False), ("ab_test_results", False), ("train", False)],
+    [
+        ("test", True),
+        ("test-00000-of-00001", True),
+        ("sst2_test", True),
+        ("Testing", True),
+        ("testimonials", False),
+        ("latest", False),
+        ("ab_test_results", False),
+        ("train", False),
+    ],
 )
 def test_test_splits_are_known_by_their_words(name: str, expected: bool) -> None:
     assert is_test(name) is expected
@@ -243,6 +251,7 @@ def test_large_splits_are_sampled_and_rows_keep_their_numbers() -> None:
     splits = splits_from_objects(datasets.Dataset.from_list(train), validation, config)
     assert (len(splits.train), len(splits.validation)) == (30, 10)
     assert [row.number for row in splits.train] != list(range(1, 31))
+    assert [row.number for row in splits.validation] != list(range(1, 11))
     for row in splits.train:
         assert row.prompt == train[row.number - 1]["prompt"]
     assert splits == splits_from_objects(train, validation, config)

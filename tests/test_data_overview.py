@@ -22,7 +22,8 @@ def byte_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "</s>", **settings})
+    special = {"eos_token": "</s>", **settings}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
 
 
 def look(
@@ -116,7 +117,7 @@ def test_duplicates_and_overlaps_are_counted() -> None:
 
 
 def test_validation_inside_training_is_refused() -> None:
-    with pytest.raises(InputError, match="every validation row .* is a training row too"):
+    with pytest.raises(InputError, match=r"every validation row .* is a training row too"):
         look(MANY, MANY[10:20])
 
 

@@ -30,8 +30,8 @@ def test_placeholders_escapes_and_bare_columns() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["{row.__class__}", "{q.__class__}", "{q[0]}", "{q.__init__.__globals__}", "{0}", "{}"]
-    + ["{q!r}", "{q:>10}", "{q:{q}}", "{__class__}"],
+    "{row.__class__} {q.__class__} {q[0]} {q.__init__.__globals__} "
+    "{0} {} {q!r} {q:10} {q:{q}} {__class__}".split(),
 )
 def test_placeholders_reach_nothing_but_columns(source: str) -> None:
     with pytest.raises(InputError, match=r"data\.prompt: .*'q'"):
@@ -45,6 +45,8 @@ def test_placeholders_reach_nothing_but_columns(source: str) -> None:
         ("qestion", r"no \{column\} placeholder and is no column\. Did you mean 'question'\?"),
         ("{question", r"is no template: .*Write \{\{ and \}\} for braces"),
         ("question}", "is no template"),
+        ("{question.x}", "only plain column names are allowed, no attributes and no indices"),
+        ("{question[x]}", "only plain column names are allowed, no attributes and no indices"),
         ("", "has no .*placeholder"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rsauto import embedded
 from rsauto.config import DataConfig
@@ -27,7 +27,7 @@ from rsauto.training.loss import IGNORED, count_targets
 BOS, EOS, PAD = 256, 257, 258
 
 
-def byte_tokenizer(adds: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(adds: str | None = None, **special: Any) -> PreTrainedTokenizerBase:
     """One token per byte; `adds` is what it puts around a text by itself, such as '<s> $A'."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
@@ -40,14 +40,17 @@ def byte_tokenizer(adds: str | None = None, **special: str) -> PreTrainedTokeniz
         tokenizer.post_processor = processors.TemplateProcessing(
             single=adds, special_tokens=[("<s>", BOS), ("</s>", EOS)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special
+    )  # type: ignore[no-untyped-call]
+    return wrapped
 
 
 PLAIN = {"eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def tokens_of(
-    train: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **settings: Any
+    train: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> TokenisedData:
     config = DataConfig(**settings)
     validation = [{"prompt": "v:", "completion": "w", "text": "vw"}]
@@ -58,7 +61,11 @@ def pairs(*texts: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
 
 
-def counted(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+def decoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(example.input_ids)))
+
+
+def counted(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the loss counts, decoded from the labels of a batch."""
     labels = collate([example], pad_token_id=0).labels[0]
     return str(tokenizer.decode(labels[labels != IGNORED]))
@@ -69,7 +76,7 @@ def test_the_loss_counts_completion_and_end_of_text_and_nothing_else() -> None:
     train = pairs(("2+2=", " 4"), ("Größe: ", "ü\n"), ("", "only"))
     data = tokens_of(train, tokenizer)
     for row, example in zip(train, data.train, strict=True):
-        assert tokenizer.decode(example.input_ids) == row["prompt"] + row["completion"] + "</s>"
+        assert decoded(example, tokenizer) == row["prompt"] + row["completion"] + "</s>"
         assert counted(example, tokenizer) == row["completion"] + "</s>"
     # Nothing predicts a first token, so that of the row without a prompt is not a target.
     assert [example.num_targets for example in data.train] == [3, 4, 4]
@@ -88,7 +95,7 @@ def test_all_is_counted_on_request_and_in_the_text_format(settings: dict[str, An
     if "loss_on" in settings:
         settings = settings | {"prompt": "prompt", "completion": "completion"}
     (example,) = tokens_of(train, tokenizer, **settings).train
-    assert tokenizer.decode(example.input_ids) == "abc</s>"
+    assert decoded(example, tokenizer) == "abc</s>"
     assert (example.num_prompt_tokens, example.num_targets) == (0, 3)
 
 
@@ -109,18 +116,19 @@ def test_special_tokens_come_once(
 ) -> None:
     tokenizer = byte_tokenizer(adds, bos_token="<s>", **PLAIN)
     (example,) = tokens_of(pairs((prompt, completion)), tokenizer).train
-    assert tokenizer.decode(example.input_ids) == expected
+    assert decoded(example, tokenizer) == expected
     if completion == "b":
         assert counted(example, tokenizer) == "b</s>"
 
 
 def test_tokens_never_span_prompt_and_completion() -> None:
-    backend = byte_tokenizer().backend_tokenizer
-    vocabulary = backend.get_vocab() | {"ab": 300}
+    vocabulary = byte_tokenizer().get_vocab() | {"ab": 300}
     merging = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     merging.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>")
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=merging, eos_token="</s>"
+    )  # type: ignore[no-untyped-call]
     (example,) = tokens_of(pairs(("xa", "by")), tokenizer).train
     assert tokenizer("xaby")["input_ids"][1] == 300
     assert 300 not in example.input_ids
@@ -131,7 +139,7 @@ def test_long_rows_are_cut_on_the_right_and_rows_without_completion_dropped() ->
     tokenizer = byte_tokenizer(**PLAIN)
     train = pairs(("abc", "defgh"), ("abcdef", "g"), ("abcde", "f"), ("a", "b"), ("abc", "de"))
     data = tokens_of(train, tokenizer, max_length=6)
-    texts = [tokenizer.decode(example.input_ids) for example in data.train]
+    texts = [decoded(example, tokenizer) for example in data.train]
     assert texts == ["abcdef", "abcdef", "ab</s>", "abcde</s>"]
     assert data.train_fit.lengths == (9, 8, 7, 3, 6)
     assert (data.train_fit.num_truncated, data.train_fit.num_dropped) == (2, 1)
@@ -158,7 +166,7 @@ def test_batches_of_the_tokenizer_lose_no_row(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("rsauto.data.tokens.TEXTS_PER_CALL", 3)
     tokenizer = byte_tokenizer(**PLAIN)
     data = tokens_of(pairs(*((str(i), "x") for i in range(10))), tokenizer)
-    assert [tokenizer.decode(e.input_ids) for e in data.train] == [f"{i}x</s>" for i in range(10)]
+    assert [decoded(e, tokenizer) for e in data.train] == [f"{i}x</s>" for i in range(10)]
 
 
 def test_fingerprint_sees_ids_masks_and_splits() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
+import mimetypes
 import os
 import shutil
 import subprocess
@@ -51,16 +51,13 @@ def test_import_loads_no_heavy_library() -> None:
 
 
 def test_model_predicts_text_it_was_not_trained_on() -> None:
-    # importlib's docstrings change little between Python versions, but any module would do: an
-    # untrained model scores ln(1024) = 6.93 everywhere.
-    record = embedded.provenance()
-    held_out = next(f for f in record["data"]["held_out_files"] if f == "pathlib.py")
-    source = importlib.import_module(held_out.removesuffix(".py")).__file__
-    assert source is not None
+    # The module's text differs a little between Python versions; the bound leaves room for that. A
+    # model that knows nothing scores ln(1024) = 6.93.
+    assert "mimetypes.py" in embedded.provenance()["data"]["held_out_files"]
     tokenizer = AutoTokenizer.from_pretrained(embedded.MODEL_DIR)
     model = AutoModelForCausalLM.from_pretrained(embedded.MODEL_DIR)
-    token_ids = tokenizer(Path(source).read_text(encoding="utf-8"))["input_ids"][: 32 * 128]
-    sequences = torch.tensor(token_ids).view(32, 128)
+    text = Path(mimetypes.__file__).read_text(encoding="utf-8")
+    sequences = torch.tensor(tokenizer(text)["input_ids"][: 32 * 128]).view(32, 128)
     with torch.no_grad():
         loss = model(input_ids=sequences, labels=sequences).loss.item()
     assert loss < 0.55 * math.log(tokenizer.vocab_size)
@@ -84,8 +81,7 @@ def test_unknown_split_is_refused() -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "4711"])
 def test_generation_does_not_depend_on_the_hash_seed(hash_seed: str) -> None:
     code = (
-        "from rsauto.embedded import task; "
-        "print(task.split_sha256(task.load_split('validation')))"
+        "from rsauto.embedded import task; print(task.split_sha256(task.load_split('validation')))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code],
@@ -121,7 +117,7 @@ def test_validation_uses_no_word_that_training_lacks() -> None:
 
 
 def test_hash_distinguishes_where_a_prompt_ends() -> None:
-    left = [task.Row(prompt="ab", completion="c")]
-    right = [task.Row(prompt="a", completion="bc")]
+    left = [{"prompt": "ab", "completion": "c"}]
+    right = [{"prompt": "a", "completion": "bc"}]
     assert task.split_sha256(left) != task.split_sha256(right)
     assert len(task.split_sha256(left)) == hashlib.sha256().digest_size * 2

@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rsauto.adapters.lora import ADAPTER_NAME, lora_layers, short_target_names
+from rsauto.atomic import write_bytes
 
 
 def save_adapter(adapted: PeftModel, folder: Path, *, base_name: str, card: str) -> int:
@@ -27,15 +28,30 @@ def save_adapter(adapted: PeftModel, folder: Path, *, base_name: str, card: str)
     partial.mkdir(parents=True)
     try:
         weights = partial / "adapter_model.safetensors"
-        save_file(scale_one_tensors(adapted), weights, metadata={"format": "pt"})
+        # Serialised first and written by us: a full disk is then an OSError like any other.
+        write_bytes(weights, save(scale_one_tensors(adapted), metadata={"format": "pt"}))
         _plain_config(adapted, base_name).save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
         num_bytes = weights.stat().st_size
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Renames ``new`` to ``folder``; what was there goes only when that has worked."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def scale_one_tensors(adapted: PeftModel) -> dict[str, Tensor]:
@@ -52,14 +68,17 @@ def scale_one_tensors(adapted: PeftModel) -> dict[str, Tensor]:
 def _plain_config(adapted: PeftModel, base_name: str) -> LoraConfig:
     trained = adapted.peft_config[ADAPTER_NAME]
     assert isinstance(trained, LoraConfig)
-    return LoraConfig(
+    plain = LoraConfig(
         r=trained.r,
         lora_alpha=trained.r,
         use_rslora=False,
-        target_modules=short_target_names(adapted),
+        fan_in_fan_out=trained.fan_in_fan_out,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         inference_mode=True,
     )
+    # Given to the constructor it would become a set, and be written in another order every time.
+    plain.target_modules = short_target_names(adapted)
+    return plain

@@ -7,6 +7,7 @@ Notation
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,18 +63,41 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
         lora_alpha=spec.alpha,
         use_rslora=spec.scaling_rule == "rslora",
         target_modules=target_module_names(model, spec.target_modules),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for a property by its old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", append=False)
+        adapted = _wrap(model, config)
     factor = gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent)
     for layer in lora_layers(adapted):
         layer.scaling[ADAPTER_NAME] = factor
         if spec.init_scale is not None:
             with torch.no_grad():
-                layer.lora_A[ADAPTER_NAME].weight.mul_(spec.init_scale)
+                layer.lora_A[ADAPTER_NAME].get_parameter("weight").mul_(spec.init_scale)
     return adapted
+
+
+def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
+    had_hooks = bool(getattr(model, "_require_grads_hooks", None))
+    if had_hooks:
+        # PEFT sets these hooks of checkpointing once more with every adapter, and never removes one.
+        model.disable_input_require_grads()  # type: ignore[operator]
+    try:
+        return get_peft_model(model, config, ADAPTER_NAME)  # type: ignore[arg-type]
+    except BaseException:  # such as a device without room for the factors
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        raise
+    finally:
+        if had_hooks and not model._require_grads_hooks:
+            model.enable_input_require_grads()  # type: ignore[operator]
 
 
 def remove_adapter(adapted: PeftModel) -> nn.Module:
@@ -102,8 +126,9 @@ def short_target_names(adapted: PeftModel) -> list[str]:
     base = adapted.get_base_model()
     adapted_names = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     short = {name.rpartition(".")[2] for name in adapted_names}
-    plain = {n for n, _ in _linear_layers(base) if ".base_layer" not in n and ".lora_" not in n}
-    untouched = {n for n in plain if n not in adapted_names}
+    inside = tuple(f"{name}." for name in adapted_names)
+    others = {name for name, _ in base.named_modules() if not name.startswith(inside)}
+    untouched = others - adapted_names
     clash = any(_matches(name, suffix) for name in untouched for suffix in short)
     return sorted(adapted_names if clash else short)
 

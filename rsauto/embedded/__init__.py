@@ -11,6 +11,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsauto.embedded.task import SPLITS, TASK_VERSION, Row, Split, load_split
+
+__all__ = [
+    "MODEL_DIR",
+    "SPLITS",
+    "TASK_VERSION",
+    "Row",
+    "Split",
+    "load_split",
+    "provenance",
+    "verify",
+]
+
 MODEL_DIR: Path = Path(__file__).parent / "model"
 """Folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."""
 

@@ -5,8 +5,8 @@
 1. *Corpus*: the `.py` files of the running interpreter's standard library, in path order
    (`collect_corpus` says which are left out and why). It is on every machine that has Python, its
    licence (PSF-2.0) allows redistribution, and its docstrings mix English with code.
-2. *Held-out files*: one file in 28 (3 % of the bytes), chosen by the SHA-256 of its path, so neither the split nor the
-   held-out loss depends on order, on a seed or on what the other files contain.
+2. *Held-out files*: one file in 28 (3 % of the bytes), chosen by the SHA-256 of its path, so the
+   split depends neither on order, nor on a seed, nor on what the other files contain.
 3. *Tokenizer*: byte-level BPE, trained on the training files only. No token is added
    automatically: whoever encodes a text appends `<|endoftext|>` where a document ends.
 4. *Model*: `LlamaForCausalLM`, tied embeddings, AdamW, linear warm-up then cosine decay to 10 %.
@@ -93,8 +93,8 @@ class SourceFile:
 def collect_corpus(root: Path) -> list[SourceFile]:
     """Read the standard library's `.py` files below `root`, sorted by path.
 
-    Left out: tests and demos, installed packages, the tables of `encodings` (numbers, not text), and
-    `_sysconfigdata*`, which the build writes with the paths of the machine it ran on.
+    Left out: tests and demos, installed packages, the tables of `encodings` (numbers, not text),
+    and `_sysconfigdata*`, which the build writes with the paths of the machine it ran on.
     """
     relative_paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     return [

@@ -6,8 +6,8 @@ must change: 32 stems, 11 particles and a word order have to be learnt. A row is
     prompt      "no same objects will not read ="
     completion  " nowa su de reso poli re se"     (object PLURAL no same read will NOT)
 
-and takes 13 to 26 tokens of the embedded tokenizer, end of text included. Grammar, for a sentence without an object (the
-frozen task) and with one (`LanguageSpec.transitive`, a candidate that was not chosen):
+and takes 13 to 26 tokens of the embedded tokenizer, end of text included. The grammar, where the
+object after the verb is a candidate that was not chosen (`LanguageSpec.transitive`):
 
     English   DETERMINER [ADJECTIVE] NOUN[s] AUXILIARY [not] VERB [DETERMINER [ADJECTIVE] NOUN[s]] =
     invented  noun [PLURAL] determiner [adjective] [noun [PLURAL] OBJECT determiner [adjective]]
@@ -43,9 +43,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 TASK_VERSION = 1
 SPLIT_SHA256: dict[Split, str] = {
-    "train": "0f49a3c2312aade7b5d98f8bc5bb9201300c9e0cac53fce5cd659681e6ec1312",
-    "validation": "f74cb178bd2aee68e3b7fecc33ec628c5798c61c271bb0e9f9a8ae249f3948e7",
-    "test": "114d4b8ca40e623beb021a705a24a3b6874aafce8da70a6c5babec5432b3eba4",
+    "train": "5ad6f09f1133bf8be23748278751ee7f4ee785ee20c11a5ba837bce8fac262c0",
+    "validation": "3b45c919693fcddee58bb27dc555cf56c27be55cb1a97592553d2e5c3eb99dce",
+    "test": "6a7267fa6487364c491683127ade573832b05eae0cfa6ed09d582260d9876554",
 }
 
 NOUNS = (
@@ -56,15 +56,22 @@ NOUNS = (
 ADJECTIVES = (
     "new first base default direct other same old last next empty common local short long main"
 ).split()
-VERBS = "read call set get return raise pass print use try import write find check open load".split()
+VERBS = (
+    "read call set get return raise pass print use try import write find check open load"
+).split()
 DETERMINERS = "the any some no".split()
 AUXILIARIES = "will did can must".split()
 
-# Syllables that the embedded tokenizer writes as one token: stems stay at two to four tokens. None
-# of the second ones ends in "e" and no particle is an English word, or invented words would often
-# be real ones ("some", "node", "we").
-FIRST_SYLLABLES = "be bu de di do he le lo ma me ne no pa po ra re se so su to we".split()
-SECOND_SYLLABLES = "bo bu di do fi fo ho la li lo ma mo pa po ra ri ro so ta to vi wa".split()
+# The embedded tokenizer writes a stem as two tokens, a syllable each, and a particle as one: a word
+# is as hard as it is long. Left out is what reads as English, which the model has seen.
+STEMS = (
+    "bebo befo bepa budi budo bufo bula buwa debo debu dedo dema deto devi dewa diri dobu doho "
+    "dola hebo hebu hedo hefo hepa hepo heso hevi lebo lebu ledi lefo leho lela lepa lepo lola "
+    "loli maho mavi mawa mefo mela mema mepa mepo mevi mewa nefi nela nelo nema nepa nepo neto "
+    "nobo noho nola nomo pafi paho pamo pobo poli rabu rama ravi rawa refi reho rera rero revi "
+    "sedi sefi seho sepa sepo seri seso seto sobo sofi sudi sudo suho sulo tobu tofo toli tovi "
+    "webu wefi weho wema wemo wepa"
+).split()
 PARTICLES = "bu de di le lo ma ne pa po ra re se su".split()
 
 PLURAL, OBJECT, NOT = "<plural>", "<object>", "<not>"
@@ -137,11 +144,9 @@ def _shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
 
 
 def _make_dialect(name: str, content_words: Sequence[str], rng: random.Random) -> Dialect:
-    stems = _shuffled([a + b for a in FIRST_SYLLABLES for b in SECOND_SYLLABLES], rng)
-    particles = _shuffled(PARTICLES, rng)
     function_words = [*DETERMINERS, *AUXILIARIES, PLURAL, OBJECT, NOT]
-    words = dict(zip(content_words, stems, strict=False))
-    words.update(zip(function_words, particles, strict=False))
+    words = dict(zip(content_words, _shuffled(STEMS, rng), strict=False))
+    words.update(zip(function_words, _shuffled(PARTICLES, rng), strict=False))
     return Dialect(name=name, words=words)
 
 

@@ -118,9 +118,8 @@ class RankProfile:
 class MemoryPlanner:
     """Predicts the memory of LoRA trials on one model and dataset. Traces are made when needed.
 
-    `model_config` is the configuration of the model that is trained, its dropout and use_cache as
-    they will be; lengths are the longest sequences in tokens. Evaluation runs in batches of
-    micro_batch_size sequences.
+    `model_config` is the configuration of the model that is trained; lengths are the longest
+    sequences in tokens. Evaluation runs in batches of micro_batch_size sequences.
     """
 
     def __init__(

@@ -36,12 +36,12 @@ class StorageEvent(NamedTuple):
     phase: Phase
 
 
-class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageRecorder(TorchDispatchMode):
     """Turns the operations that run under it into a stream of storage events."""
 
     def __init__(self, device_type: str) -> None:
         """`device_type` is where the step will run, "cpu" or "cuda"; not where it is recorded."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.phase: Phase = "forward"
         self._casts_in_kernels = device_type == "cpu"
         self._num_logits = 0

@@ -25,9 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rsauto.adapters.lora import add_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
+from rsauto.base import prepare
 from rsauto.memory.recorder import StorageEvent, StorageRecorder
 from rsauto.records import TrialSpec
 from rsauto.scaling import OptimizerName
+from rsauto.training.loop import clip_gradients, gradient_norms
 from rsauto.training.loss import completion_hits, summed_cross_entropy, token_mean
 
 Batch = dict[str, Tensor]
@@ -39,7 +41,7 @@ class StepShape:
     """Everything but the rank that changes the bytes of a step. Equal shapes give equal traces."""
 
     model_config: str
-    """The Hugging Face configuration as JSON; its dropout and use_cache are traced as they are."""
+    """The Hugging Face configuration as JSON."""
     dtype: torch.dtype
     """Of the base weights; adapters are float32."""
     attn_implementation: str
@@ -98,12 +100,10 @@ def build_model(shape: StepShape, rank: int) -> PeftModel:
     """The adapted model as training builds it, on the current default device."""
     fields: dict[str, Any] = json.loads(shape.model_config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(
         config, dtype=shape.dtype, attn_implementation=shape.attn_implementation
     )
-    if shape.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    prepare(model, shape.gradient_checkpointing)
     spec = TrialSpec(
         role="search",
         method="rslora",
@@ -131,9 +131,11 @@ def record_step(
         model.train()
         _forward_backward(recorder, model, train_batch)
         recorder.phase = "optimizer"
+        _, norm = gradient_norms(parameters)
         if shape.clip:
-            nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+            clip_gradients(parameters, norm, max_norm=1.0)
         optimizer.step()
+        optimizer.zero_grad()
         recorder.phase = "evaluation"
         model.eval()
         _evaluate(recorder, model, eval_batch)
@@ -182,7 +184,7 @@ def _forward_backward(recorder: StorageRecorder, model: PeftModel, batch: Batch)
     recorder.expect_logits(_num_logits(model, batch))
     loss = token_mean(summed_cross_entropy(_logits(model, batch), batch["labels"]), 1)
     recorder.phase = "backward"
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = (p.grad for p in trainable_parameters(model).values())
     recorder.assign("gradients", (g for g in gradients if g is not None))
 
@@ -221,8 +223,8 @@ def _replace_meta_tensors(model: nn.Module) -> None:
     """
     fakes: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        slots: dict[str, Any]
-        for slots in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for slots in tables:
             for name, tensor in slots.items():
                 if tensor is None:
                     continue

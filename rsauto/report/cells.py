@@ -36,6 +36,7 @@ class Grid:
     """One word a row that says how to colour it, or ''."""
 
 
+_ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
 _Write = Callable[[Any], str]
 
 
@@ -52,11 +53,11 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("learning_rate", "learning rate", rate_text),
         ("predicted_peak_bytes", "predicted peak", bytes_text),
         ("measured_peak_bytes", "measured peak", bytes_text),
+        ("fits", "fits", lambda fits: "yes" if fits else "no"),
         ("num_trainable_params", "trainable", count_text),
         ("train_seconds", "train time", seconds_text),
         ("flops", "FLOPs", count_text),
         ("num_complete", "finished", str),
-        ("fits", "fits", lambda fits: "yes" if fits else "no"),
     )
     classes = tuple(
         "recommended" if "recommended" in str(marks) else "" if fits is True else "unfit"
@@ -65,13 +66,15 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
     return _grid(ranks, wording, classes)
 
 
-def trial_grid(trials: pd.DataFrame) -> Grid:
-    """Every trial, with the columns that say something: not empty, not PEFT's second name."""
-    wording = tuple(
-        (str(name), str(name), _writer(str(name)))
+def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
+    """Every trial: what it is and how it ended first, then the columns that tell trials apart."""
+    first = [*_ALWAYS, *([objective] if objective in trials.columns else [])]
+    rest = [
+        str(name)
         for name in trials.columns
-        if name not in PEFT_NAMES and trials[name].notna().any()
-    )
+        if name not in first and name not in PEFT_NAMES and trials[name].nunique(dropna=False) > 1
+    ]
+    wording = tuple((name, name.replace("_", " "), _writer(name)) for name in (*first, *rest))
     return _grid(trials, wording, tuple(str(outcome) for outcome in trials["outcome"]))
 
 

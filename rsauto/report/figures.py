@@ -39,6 +39,7 @@ from rsauto.report.verdict import Verdict
 _METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
 _RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
 _RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "down")
+_AT_THE_EDGE = "Trials without a value, or far off the scale, stand at the edge."
 _UNFINISHED: dict[str, tuple[Symbol, str]] = {
     "pruned": ("down", GREY),
     "diverged": ("cross", VERMILLION),
@@ -144,7 +145,7 @@ def _trial_layers(
             rows = done[(done["method"] == method) & (is_default == defaults)]
             name = f"{method_text(method)}{', default adapter' if defaults else ''}"
             layer = _points(name, rows, x, divisor, verdict, scale)
-            layers.append(replace(layer, colour=colour, symbol=symbol, opacity=0.75))
+            layers.append(replace(layer, colour=colour, symbol=symbol, opacity=0.9))
     rest = trials.drop(index=done.index)
     for outcome, (symbol, colour) in _UNFINISHED.items():
         layer = _points(outcome, rest[rest["outcome"] == outcome], x, divisor, verdict, scale)
@@ -203,7 +204,7 @@ def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         colour=BLUE,
         dash="solid",
         is_step=True,
-        opacity=0.6,
+        opacity=0.8,
     )
     name = objective_text(verdict.objective)
     budget = verdict.memory_budget_bytes
@@ -214,7 +215,7 @@ def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         key="memory",
         title=f"What memory buys: {name} against peak memory",
         caption=f"Every trial at its predicted peak. The line joins the trials that no other beats "
-        f"in both. Trials without a value, or far off the scale, stand at the edge.{told}",
+        f"in both. {_AT_THE_EDGE}{told}",
         x_label=f"predicted peak memory ({unit})",
         y_label=name,
         layers=(*([line] if line.x else []), *_trial_layers(trials, x, divisor, verdict, scale),
@@ -245,7 +246,8 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
     return Panel(
         key="rank",
         title=f"What rank buys: {name} against rank",
-        caption="The line follows the best single trial of each rank; all trials are shown.",
+        caption="The line follows the best single trial of each rank; all trials are shown. "
+        + _AT_THE_EDGE,
         x_label="rank",
         y_label=name,
         layers=(*(line for line in lines if len(line.x) > 1),
@@ -261,7 +263,9 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     scale = _scale(trials, verdict)
     done = full_runs(trials, verdict.objective).sort_values("learning_rate", kind="stable")
     layers = []
-    for index, ((rank, method), rows) in enumerate(done.groupby(["rank", "method"])):
+    kinds = sorted(set(zip(trials["rank"], trials["method"], strict=True)))
+    for (rank, method), rows in done.groupby(["rank", "method"]):
+        index = kinds.index((rank, method))
         layer = _points("", rows, "learning_rate", 1.0, verdict, scale)
         layers.append(
             replace(
@@ -270,7 +274,7 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
                 colour=_RANK_COLOURS[index % len(_RANK_COLOURS)],
                 symbol=_RANK_SYMBOLS[index % len(_RANK_SYMBOLS)],
                 dash="dash" if method == "lora" else "solid",
-                opacity=0.85,
+                opacity=0.95,
             )
         )
     if not layers:
@@ -280,7 +284,7 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         key="learning_rate",
         title=f"Every rank's learning rate: {name} against it",
         caption="Full-length trials, one line a method and rank. Where the lowest point is at the "
-        "end of a line, a wider range of learning rates may do better.",
+        f"end of a line, a wider range of learning rates may do better. {_AT_THE_EDGE}",
         x_label="learning rate",
         y_label=name,
         layers=tuple(layers),
@@ -302,10 +306,10 @@ def _rate_ticks(rates: pd.Series[float]) -> tuple[tuple[float, str], ...]:
 
 def _curves(records: Sequence[TrialRecord]) -> Panel | None:
     """Validation loss over the steps: solid where the trial finished, dotted where it did not."""
-    kinds = sorted({(r.rank, r.method) for r in records if r.curve})
+    kinds = sorted({(r.rank, r.method) for r in records})
     layers = []
     named: set[tuple[int, str]] = set()
-    for record in records:
+    for record in sorted(records, key=lambda r: (r.rank, r.method, r.number)):
         points = [p for p in record.curve if math.isfinite(p.eval_loss)]
         if not points:
             continue
@@ -320,7 +324,7 @@ def _curves(records: Sequence[TrialRecord]) -> Panel | None:
                 symbol="circle",
                 size=4.0,
                 dash="solid" if record.outcome == "complete" else "dot",
-                opacity=0.7,
+                opacity=0.8,
                 hover=tuple(f"trial {record.number}, {label}, {record.outcome}" for _ in points),
                 in_legend=kind not in named,
             )

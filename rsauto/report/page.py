@@ -95,7 +95,7 @@ def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel]) ->
         outcomes=sorted(Counter(record.outcome for record in study.records).items()),
         errors=[(r.number, r.outcome, r.error) for r in study.records if r.error],
         ranks=ranks,
-        trials=trial_grid(study.trials),
+        trials=trial_grid(study.trials, verdict.objective),
         panels=shown,
         figures=_script_json({panel.key: interactive(panel).to_plotly_json() for panel in shown}),
         plotly=Markup(get_plotlyjs()) if shown else "",

@@ -200,11 +200,11 @@ def _record(line: str) -> TrialRecord:
     data = json.loads(line)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
-    # A metric that was not finite is written as null; absent says the same.
-    data["metrics"] = _without_null(data.get("metrics"))
-    for point in data.get("curve") or ():
-        point["metrics"] = _without_null(point.get("metrics"))
     try:
+        # A metric that was not finite is written as null; absent says the same.
+        data["metrics"] = _without_null(data.get("metrics"))
+        for point in data.get("curve") or ():
+            point["metrics"] = _without_null(point.get("metrics"))
         record = TrialRecord.from_json(data)
         return _RECORD.validate_python(dataclasses.asdict(record))
     except ValidationError as error:

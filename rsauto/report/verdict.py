@@ -126,8 +126,7 @@ def judge(
         seeds=config.search.seeds,
     )
     trials = _with_objective(table(records), asked.objective)
-    runs = full_runs(trials, asked.objective)
-    rows = configurations(runs)
+    rows = configurations(runs := full_runs(trials, asked.objective))
     noise = seed_noise(trials, asked.objective)
     min_seeds = _most_seeds(rows[fits(rows, asked.budget)], "search", asked.seeds)
     standings = _standings(rows, records, asked, min_seeds, noise)

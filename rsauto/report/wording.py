@@ -91,7 +91,9 @@ def _gain(verdict: Verdict, chosen: Standing) -> str:
         return "No run of the tuned default finished, so there is no gain to state."
     gain = verdict.gain
     if gain is None:
-        return "That is the default adapter: nothing tried is better by more than it costs."
+        is_best = verdict.best is not None and verdict.best.number == chosen.record.number
+        margin = "" if is_best else " by more than that"
+        return f"That is the default adapter itself: nothing tried is better{margin}."
     rival = _default_text(tuned)
     amount = _amount(gain)
     if gain.half_width is not None and not gain.is_certain:

@@ -1,4 +1,4 @@
-"""The order of a study: the defaults first, then the search, then the finalists' other seeds.
+"""The order of a study: the defaults, one trial of every rank, the search, the finalists' seeds.
 
 Everything here is decided from the records alone, so a study continued after an interruption goes
 on exactly where it was.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from rsauto.config import RateRange, StudyConfig
+from rsauto.config import RateRange, SearchConfig
 from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
 from rsauto.search.space import Space
 
@@ -19,6 +19,9 @@ Objective = Callable[[TrialRecord], float | None]
 
 MAX_TUNING_TRIALS = 6
 """Trials spent on the default adapter's own learning rate, at most."""
+
+MAX_FINALISTS = 3
+"""Configurations compared over several seeds."""
 
 
 def num_settled(settled: Settled) -> int:
@@ -31,8 +34,11 @@ def reference_trial(space: Space, settled: Settled, objective: Objective) -> Tri
 
     First PEFT's and Trainer's defaults as they are, then the same adapter at other learning rates.
     """
-    if not any(record.role == "default" for _, record in settled):
+    default = next((record for _, record in settled if record.role == "default"), None)
+    if default is None:
         return space.default()
+    if default.outcome == "infeasible":
+        return None
     search = space.config.search
     limit = min(MAX_TUNING_TRIALS, search.trials // 4)
     tried = {
@@ -66,16 +72,44 @@ def next_rate(tried: dict[float, float | None], low: float, high: float) -> floa
     return None
 
 
+def opening_trial(space: Space, settled: Settled) -> TrialSpec | None:
+    """The next trial of the opening: every rank once, in the middle of the search space.
+
+    So the report can say of every rank what it costs and buys, and the sampler starts from an even
+    spread. Left out where it would take more than half of the search.
+    """
+    search = space.config.search
+    if search.sampler != "tpe" or len(space.ranks) > _num_searched(search) // 2:
+        return None
+    tried = {spec.rank for spec, record in settled if record.role == "search"}
+    missing = [rank for rank in space.ranks if rank not in tried]
+    return space.middle(missing[0]) if missing else None
+
+
+def num_reserved(search: SearchConfig) -> int:
+    """Trials kept back for the finalists' other seeds."""
+    return MAX_FINALISTS * extra_seeds(search)
+
+
+def extra_seeds(search: SearchConfig) -> int:
+    """Seeds on which each finalist is run again: short studies repeat fewer, one for ten trials."""
+    return min(search.seeds - 1, search.trials // 10)
+
+
+def _num_searched(search: SearchConfig) -> int:
+    tuned = min(MAX_TUNING_TRIALS, search.trials // 4)
+    return search.trials - 1 - tuned - num_reserved(search)
+
+
 def seed_trials(
     space: Space, settled: Settled, objective: Objective, within: float
 ) -> list[TrialSpec]:
     """Trials still missing to compare the finalists over seeds, in the order they should run.
 
-    Finalists are the tuned default, the best configuration, and the cheapest one that is close to
-    the best. Short studies repeat fewer seeds: one more for every ten trials.
+    Breadth first, so that an interrupted study has compared all of them on as many seeds as it
+    could.
     """
-    search = space.config.search
-    extra = min(search.seeds - 1, search.trials // 10)
+    extra = extra_seeds(space.config.search)
     first = space.config.training.seed
     done = {(spec.configuration(), spec.seed) for spec, _ in settled}
     return [
@@ -89,7 +123,10 @@ def seed_trials(
 def finalists(
     space: Space, settled: Settled, objective: Objective, within: float
 ) -> list[TrialSpec]:
-    """At most three configurations, by their result on the search's own seed."""
+    """At most MAX_FINALISTS configurations, by their result on the search's own seed.
+
+    The tuned default, the best one, the cheapest that is close to the best, then the next best.
+    """
     first = space.config.training.seed
     complete = [
         (value, spec, record)
@@ -106,8 +143,9 @@ def finalists(
         best = min(value for value, _, _ in searched)
         close = [entry for entry in searched if entry[0] <= best + within * abs(best)]
         chosen.append(min(close, key=lambda entry: (_cost(entry[2]), entry[0])))
+    chosen += sorted(searched, key=lambda entry: entry[0])
     unique = {spec.configuration(): spec for _, spec, _ in chosen}
-    return list(unique.values())
+    return list(unique.values())[:MAX_FINALISTS]
 
 
 def _cost(record: TrialRecord) -> float:

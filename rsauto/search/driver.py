@@ -16,10 +16,15 @@ from optuna.trial import TrialState
 from rsauto.config import StudyConfig
 from rsauto.environment import describe_environment
 from rsauto.errors import AllTrialsFailedError, InputError, StudyInterrupted
-from rsauto.memory.plan import Prediction
 from rsauto.records import EvalPoint, Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
-from rsauto.search.agenda import num_settled, reference_trial, seed_trials
+from rsauto.search.agenda import (
+    num_reserved,
+    num_settled,
+    opening_trial,
+    reference_trial,
+    seed_trials,
+)
 from rsauto.search.events import (
     Event,
     Planned,
@@ -141,18 +146,20 @@ class StudyRun:
             yield TrialSettled(record, num_settled(self.ledger.settled()))
 
     def _next_spec(self) -> TrialSpec | None:
-        """The next new trial: defaults first, then the search, then the finalists' seeds."""
+        """The next new trial, see `agenda`."""
         settled, space = self.ledger.settled(), self.setup.space
         reference = reference_trial(space, settled, self._lower_is_better)
         if reference is not None:
             return reference
+        opening = opening_trial(space, settled)
+        if opening is not None:
+            return opening
         seeds = seed_trials(space, settled, self._lower_is_better, self.config.search.within)
         remaining = self.config.search.trials - num_settled(settled)
-        if remaining > len(seeds):
-            found = propose(space, self._attempts(), self.config)
-            if found is not None:
-                return found
-        return seeds[0] if seeds else None
+        if seeds and remaining <= num_reserved(self.config.search):
+            return seeds[0]
+        found = propose(space, self._attempts(), self.config)
+        return found or (seeds[0] if seeds else None)
 
     def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
         budget = self.setup.memory_budget_bytes
@@ -197,9 +204,19 @@ class StudyRun:
                 self._stop_if_asked()
             if point.evaluation is not None:
                 trial.report(self._value(point.evaluation), point.step)
-                unfinished = point.step < run.spec.steps
-                if unfinished and run.spec.role == "search" and trial.should_prune():
+                if self._may_prune(run.spec, point.step) and trial.should_prune():
                     return "pruned", None
+
+    def _may_prune(self, spec: TrialSpec, step: int) -> bool:
+        """Search trials before their end, but never the only trial of a rank that could finish."""
+        return (
+            spec.role == "search"
+            and step < spec.steps
+            and any(
+                r.rank == spec.rank and r.role == "search" and r.outcome == "complete"
+                for _, r in self.ledger.settled()
+            )
+        )
 
     def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
         card = trial_card(self.config, self.setup.source.name, record)

@@ -31,9 +31,7 @@ class Attempt:
         self.value = value
 
 
-def propose(
-    space: Space, attempts: Sequence[Attempt], config: StudyConfig
-) -> TrialSpec | None:
+def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> TrialSpec | None:
     """The next search trial, or None when every point has been tried."""
     tried = {attempt.spec.configuration() for attempt in attempts}
     if config.search.sampler == "grid":
@@ -71,9 +69,7 @@ def _as_trial(space: Space, attempt: Attempt) -> FrozenTrial | None:
     distributions = space.distributions()
     record = attempt.record
     if record is None:
-        return create_trial(
-            state=TrialState.RUNNING, params=params, distributions=distributions
-        )
+        return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
     if record.outcome == "failed" or attempt.value is None:
         return None
     pruned = record.outcome == "pruned"

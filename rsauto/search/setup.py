@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rsauto.base import BaseSource, load_weights, open_base, pick_device, prepare
+from rsauto.base import BaseSource, load_weights, open_base, pick_device, prepare, to_device
 from rsauto.config import StudyConfig
 from rsauto.data import (
     Preflight,
@@ -82,8 +82,7 @@ class Setup:
         """The base model on the device, frozen."""
         if self.objects.model is not None:
             checkpointing = self.config.model.gradient_checkpointing
-            prepared = prepare(self.objects.model, checkpointing)
-            return prepared.to(self.device)  # type: ignore[arg-type]
+            return to_device(prepare(self.objects.model, checkpointing), self.device)
         return load_weights(self.source, self.config.model, self.device)
 
 
@@ -153,10 +152,7 @@ def feasible_ranks(setup: Setup) -> tuple[int, ...]:
 
 def probes(setup: Setup, rank: int) -> list[TrialSpec]:
     """One trial of ``rank`` for every choice of layers; the other settings do not change bytes."""
-    search = setup.config.search
-    middle = replace(setup.space, ranks=(rank,)).spec(
-        {"rank": rank, "method": search.method[0], "alpha": search.alphas[0]}
-    )
+    middle = setup.space.middle(rank)
     return [replace(middle, target_modules=t) for t in setup.config.target_choices()]
 
 

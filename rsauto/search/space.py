@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,14 @@ class Space:
             )
             yield self._with_training(chosen)
 
+    def middle(self, rank: int) -> TrialSpec:
+        """The trial in the middle of the space at ``rank``, rates at the centre of their range."""
+        search = self.config.search
+        params: Params = {"rank": rank, "alpha": _middle(search.alphas)}
+        if not isinstance(search.learning_rate, RateRange):
+            params["learning_rate"] = _middle(sorted(search.learning_rate))
+        return self.spec(params)
+
     def default(self) -> TrialSpec:
         """PEFT's and Trainer's defaults: LoRA, rank 8, alpha 8, learning rate 5e-5, AdamW's kin."""
         chosen = TrialSpec(
@@ -209,6 +217,11 @@ class Space:
 def stored_params(spec: TrialSpec) -> Params:
     """A trial's settings as they stand in the Optuna study."""
     return {name: getattr(spec, name) for name in STORED_DISTRIBUTIONS}
+
+
+def _middle(values: Sequence[Any]) -> Any:
+    """The middle one of sorted values, the lower of two."""
+    return values[(len(values) - 1) // 2]
 
 
 def _categorical(values: Any) -> CategoricalDistribution | None:

@@ -104,7 +104,7 @@ def accumulate_gradients(
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = token_mean(summed_cross_entropy(logits, batch.labels), num_targets)
         del logits  # the graph keeps what backward needs; a second reference would keep the rest
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total
 
@@ -140,9 +140,7 @@ def record_steps(steps: Sequence[Sequence[Sequence[int]]], data: TokenisedData) 
     The first step is left out where there is another: it has no optimizer states in its forward
     pass yet, so the second one needs at least as much at equal size.
     """
-    sizes = [
-        max(padded_tokens([data.train[i] for i in part]) for part in parts) for parts in steps
-    ]
+    sizes = [max(padded_tokens([data.train[i] for i in part]) for part in parts) for parts in steps]
     if len(sizes) == 1:
         return {1}
     records = {2}

@@ -47,10 +47,10 @@ class Bench:
 class Trial:
     """A trial being run. Use as a context manager; the adapter is removed at the end.
 
-        with Trial(bench, spec) as trial:
-            for point in trial.steps():
-                ...
-            trial.save(folder, card)
+    with Trial(bench, spec) as trial:
+        for point in trial.steps():
+            ...
+        trial.save(folder, card)
     """
 
     def __init__(self, bench: Bench, spec: TrialSpec) -> None:
@@ -110,9 +110,7 @@ class Trial:
     def save(self, folder: Path, card: str) -> int:
         """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
         assert self._adapted is not None, "a trial is saved while it is open, after training"
-        return save_adapter(
-            self._adapted, folder, base_name=self.bench.base_name, card=card
-        )
+        return save_adapter(self._adapted, folder, base_name=self.bench.base_name, card=card)
 
     @property
     def measured_peak_bytes(self) -> int | None:
