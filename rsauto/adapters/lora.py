@@ -84,7 +84,7 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
 def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
     had_hooks = bool(getattr(model, "_require_grads_hooks", None))
     if had_hooks:
-        # PEFT sets these hooks of checkpointing once more with every adapter, and never removes one.
+        # PEFT sets these hooks once more with every adapter, and never removes one.
         model.disable_input_require_grads()  # type: ignore[operator]
     try:
         return get_peft_model(model, config, ADAPTER_NAME)  # type: ignore[arg-type]

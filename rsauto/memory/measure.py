@@ -56,9 +56,7 @@ class PeakMeter:
         # Kineto announces every start and stop on stderr unless told otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         residents = _Residents(self._tensors())
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield
         peak = residents.num_bytes + _highest(residents.close() + _window_changes(profiler))
         self._peak_bytes = max(self._peak_bytes or 0, peak)

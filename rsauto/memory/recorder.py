@@ -41,7 +41,7 @@ class StorageRecorder(TorchDispatchMode):
 
     def __init__(self, device_type: str) -> None:
         """`device_type` is where the step will run, "cpu" or "cuda"; not where it is recorded."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self._casts_in_kernels = device_type == "cpu"
         self._num_logits = 0
