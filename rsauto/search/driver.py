@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import math
+import gc
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from rsauto.config import StudyConfig
 from rsauto.environment import describe_environment
 from rsauto.errors import AllTrialsFailedError, InputError, StudyInterrupted
-from rsauto.records import EvalPoint, Outcome, TrialRecord, TrialSpec
+from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
 from rsauto.search.agenda import (
     num_reserved,
@@ -36,7 +36,8 @@ from rsauto.search.events import (
     TrialStep,
 )
 from rsauto.search.folder import StudyFolder
-from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger, open_storage
+from rsauto.search.ledger import Ledger, open_storage
+from rsauto.search.objective import Objective, constraints
 from rsauto.search.publish import publish
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.setup import Objects, Setup, probes, set_up
@@ -116,6 +117,9 @@ class StudyRun:
             device=self.setup.device,
         )
         self._describe(bench)
+        # What is alive now stays alive: collections after each trial then look at little else.
+        gc.collect()
+        gc.freeze()
         self._record_ranks_that_do_not_fit()
         yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
         reason = yield from self._run_trials(bench)
@@ -148,17 +152,22 @@ class StudyRun:
     def _next_spec(self) -> TrialSpec | None:
         """The next new trial, see `agenda`."""
         settled, space = self.ledger.settled(), self.setup.space
-        reference = reference_trial(space, settled, self._lower_is_better)
+        reference = reference_trial(space, settled, self.objective.lower_is_better)
         if reference is not None:
             return reference
         opening = opening_trial(space, settled)
         if opening is not None:
             return opening
-        seeds = seed_trials(space, settled, self._lower_is_better, self.config.search.within)
+        seeds = seed_trials(
+            space, settled, self.objective.lower_is_better, self.config.search.within
+        )
         remaining = self.config.search.trials - num_settled(settled)
         if seeds and remaining <= num_reserved(self.config.search):
             return seeds[0]
-        found = propose(space, self._attempts(), self.config)
+        # The sampler learns from settled trials, and keeps away from running ones.
+        attempts = [Attempt(s, r, self.objective.told(r)) for s, r in settled]
+        attempts += [Attempt(spec, None, None) for spec in self.ledger.unfinished_specs()]
+        found = propose(space, attempts, self.config)
         return found or (seeds[0] if seeds else None)
 
     def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
@@ -203,7 +212,7 @@ class StudyRun:
                 self.ledger.abandon(trial, replace(run.spec, micro_batch_size=None))
                 self._stop_if_asked()
             if point.evaluation is not None:
-                trial.report(self._value(point.evaluation), point.step)
+                trial.report(self.objective.value(point.evaluation), point.step)
                 if self._may_prune(run.spec, point.step) and trial.should_prune():
                     return "pruned", None
 
@@ -224,24 +233,23 @@ class StudyRun:
         return replace(record, adapter_bytes=num_bytes)
 
     def _settle(self, trial: optuna.Trial, record: TrialRecord) -> None:
-        """Tells the ledger. What cannot be compared is told as the untouched model's result.
-
-        A finite value with a violated constraint is what every sampler learns from; a failed
-        trial says nothing about the configuration.
-        """
+        """Tells the ledger how the trial ended."""
         state = TrialState.COMPLETE
         if record.outcome in ("pruned", "failed"):
             state = TrialState.PRUNED if record.outcome == "pruned" else TrialState.FAIL
         self.ledger.settle(
-            trial, record, value=self._told_value(record), state=state,
+            trial, record, value=self.objective.told(record), state=state,
             constraints=constraints(record),
         )  # fmt: skip
 
     def _keep_adapters(self) -> None:
-        """Keeps the adapters of the best complete trials and of every finalist's seeds."""
-        complete = [r for _, r in self.ledger.settled() if r.outcome == "complete"]
-        ranked = sorted(complete, key=lambda r: or_infinity(self._lower_is_better(r)))
-        self.folder.keep_adapters([r.number for r in ranked[:KEPT_ADAPTERS]])
+        """Keeps the adapters of the best trials so far, one of which may be the answer."""
+        ranked = sorted(
+            (value, record.number)
+            for _, record in self.ledger.settled()
+            if (value := self.objective.lower_is_better(record)) is not None
+        )
+        self.folder.keep_adapters([number for _, number in ranked[:KEPT_ADAPTERS]])
 
     def _train_again(self, bench: Bench, record: TrialRecord) -> None:
         """Trains a settled configuration once more, to get back an adapter that was not kept."""
@@ -273,8 +281,8 @@ class StudyRun:
     def _describe(self, bench: Bench) -> None:
         """Measures the untouched model once, and writes environment.json."""
         if "baseline" not in self.environment:
-            spec = self.setup.space.default()
-            prediction = self.setup.predict(replace(spec, rank=self.setup.space.ranks[0]))
+            spec = self.setup.space.middle(self.setup.space.ranks[0])
+            prediction = self.setup.predict(spec)
             result = evaluate(
                 bench.model,
                 bench.data.validation,
@@ -291,6 +299,8 @@ class StudyRun:
             preflight=self.setup.preflight.to_json(),
         )
         self.folder.write_environment(self.environment)
+        baseline = Evaluation(**self.environment["baseline"])
+        self.objective = Objective.of(self.config.search, baseline)
 
     def _record_ranks_that_do_not_fit(self) -> None:
         """One record for every rank of the space that the budget rules out, with what it needs."""
@@ -327,49 +337,6 @@ class StudyRun:
     def _write_unfinished_report(self) -> None:
         self.folder.write_records(self.ledger.records())
         write_report(self.folder.path)
-
-    # ---------------------------------------------------------------- values
-
-    def _attempts(self) -> list[Attempt]:
-        """What the sampler may learn from: settled trials, and those running or waiting."""
-        done = [Attempt(s, r, self._told_value(r)) for s, r in self.ledger.settled()]
-        return done + [Attempt(spec, None, None) for spec in self.ledger.unfinished_specs()]
-
-    def _value(self, evaluation: Evaluation | EvalPoint) -> float:
-        """The objective in its own direction."""
-        name = self.config.search.objective
-        return evaluation.eval_loss if name == "eval_loss" else evaluation.metrics[name]
-
-    def _told_value(self, record: TrialRecord) -> float | None:
-        """The value an Optuna trial gets, None for a failed one."""
-        if record.outcome == "failed":
-            return None
-        if record.outcome in ("complete", "pruned"):
-            return self._value(record.curve[-1])
-        return self._value(Evaluation(**self.environment["baseline"]))
-
-    def _lower_is_better(self, record: TrialRecord) -> float | None:
-        """The objective of a complete trial with its sign such that lower is better."""
-        if record.outcome != "complete":
-            return None
-        value = self._value(record.curve[-1])
-        return value if self.config.search.minimize else -value
-
-
-def constraints(record: TrialRecord) -> dict[str, float]:
-    """Named constraints, violated above zero: memory relative to the budget, and divergence."""
-    budget = record.memory_budget_bytes
-    assert budget is not None and record.predicted_peak_bytes is not None
-    used = max(record.predicted_peak_bytes, record.measured_peak_bytes or 0)
-    over = (used - budget) / budget
-    if record.outcome in ("infeasible", "oom"):
-        over = max(over, 0.01)
-    return {MEMORY: over, DIVERGENCE: 1.0 if record.outcome == "diverged" else 0.0}
-
-
-def or_infinity(value: float | None) -> float:
-    """``value``, or infinity where there is none."""
-    return math.inf if value is None else value
 
 
 @contextmanager

@@ -7,6 +7,7 @@ have asked, repeats no point, and may have its ranks widened.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import optuna
@@ -18,8 +19,8 @@ from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search.ledger import DIVERGENCE, MEMORY
 from rsauto.search.space import Space
 
-MAX_REDRAWS = 64
-"""Draws of an already tried point before the space counts as exhausted."""
+MAX_REDRAWS = 16
+"""Draws of an already tried point before any untried one will do."""
 
 
 class Attempt:
@@ -47,7 +48,9 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
         spec = space.spec(study.ask(fixed_distributions=distributions).params)
         if spec.configuration() not in tried:
             return spec
-    return None
+    untried = [spec for spec in space.points() if spec.configuration() not in tried]
+    chance = random.Random(_seed(config.training.seed, len(attempts), MAX_REDRAWS))
+    return chance.choice(untried) if untried else None
 
 
 def _sampler(config: StudyConfig, seed: int) -> BaseSampler:
@@ -79,7 +82,7 @@ def _as_trial(space: Space, attempt: Attempt) -> FrozenTrial | None:
         value=attempt.value,
         params=params,
         distributions=distributions,
-        intermediate_values={p.step: p.eval_loss for p in record.curve} if pruned else {},
+        intermediate_values={record.curve[-1].step: attempt.value} if pruned else {},
         constraints={
             MEMORY: 1.0 if violated else 0.0,
             DIVERGENCE: 1.0 if record.outcome == "diverged" else 0.0,

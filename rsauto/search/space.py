@@ -87,7 +87,7 @@ class Space:
     def params(self, spec: TrialSpec) -> Params | None:
         """The sampler's choice that stands for a trial, None when it lies outside the space."""
         search, targets = self.config.search, self.config.target_choices()
-        if spec.target_modules not in targets:
+        if spec.target_modules not in targets or not self._values_match(spec):
             return None
         full: Params = {
             "method": spec.method,
@@ -103,9 +103,7 @@ class Space:
             centre = self.centre(spec.method, spec.rank)
             full["log2_lr_offset"] = math.log2(spec.learning_rate / centre)
         space = self.distributions()
-        if not self._fixed_values_match(spec) or not all(
-            _contains(dist, full[name]) for name, dist in space.items()
-        ):
+        if not all(_contains(dist, full[name]) for name, dist in space.items()):
             return None
         return {name: _clipped(dist, full[name]) for name, dist in space.items()}
 
@@ -141,6 +139,14 @@ class Space:
         if not isinstance(search.learning_rate, RateRange):
             params["learning_rate"] = _middle(sorted(search.learning_rate))
         return self.spec(params)
+
+    def points(self) -> Iterator[TrialSpec]:
+        """Every point of a finite space; nothing where the learning rate is a range."""
+        space = self.distributions()
+        if any(isinstance(dist, FloatDistribution) for dist in space.values()):
+            return
+        for values in itertools.product(*map(_members, space.values())):
+            yield self.spec(dict(zip(space, values, strict=True)))
 
     def default(self) -> TrialSpec:
         """PEFT's and Trainer's defaults: LoRA, rank 8, alpha 8, learning rate 5e-5, AdamW's kin."""
@@ -188,13 +194,13 @@ class Space:
             return float(f"{exact:.4g}")  # what a person would copy is what was run
         return float(params.get("learning_rate", rate[0]))
 
-    def _fixed_values_match(self, spec: TrialSpec) -> bool:
+    def _values_match(self, spec: TrialSpec) -> bool:
         search = self.config.search
         return (
             spec.method in search.method
             and spec.alpha in search.alphas
             and spec.lr_ratio in search.lr_ratio
-            and (len(self.ranks) > 1 or spec.rank in self.ranks)
+            and spec.rank in self.ranks
         )
 
     def _with_training(self, spec: TrialSpec) -> TrialSpec:
@@ -237,6 +243,13 @@ def _powers(choice: Any, values: tuple[int, ...]) -> IntDistribution | None:
 
 def _listed(choice: Any, values: tuple[int, ...]) -> CategoricalDistribution | None:
     return None if isinstance(choice, PowerRange) else _categorical(values)
+
+
+def _members(dist: BaseDistribution) -> tuple[Any, ...]:
+    if isinstance(dist, CategoricalDistribution):
+        return dist.choices
+    assert isinstance(dist, IntDistribution)
+    return tuple(range(dist.low, dist.high + 1))
 
 
 def _contains(dist: BaseDistribution, value: Any) -> bool:

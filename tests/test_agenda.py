@@ -1,0 +1,285 @@
+"""The order of a study on synthetic outcomes: defaults, tuned defaults, search, seeds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.storages import InMemoryStorage
+
+from rsauto.config import StudyConfig
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.agenda import (
+    MAX_TUNING_TRIALS,
+    finalists,
+    next_rate,
+    num_settled,
+    reference_trial,
+    seed_trials,
+)
+from rsauto.search.driver import StudyRun
+from rsauto.search.ledger import Ledger
+from rsauto.search.space import Space
+from rsauto.study_file import validate
+
+Records = Callable[..., TrialRecord]
+Outcome = Callable[[TrialSpec, int], str]
+
+
+def space_of(**search: Any) -> Space:
+    config: StudyConfig = validate({"training": {"steps": 10}, "search": search})
+    return Space(config, config.search.ranks, steps=10, max_length=512)
+
+
+def loss_of(record: TrialRecord) -> float | None:
+    return record.eval_loss if record.outcome == "complete" else None
+
+
+def bowl(spec: TrialSpec) -> float:
+    """Best at rank 32 and a learning rate of 1e-3; seeds differ a little."""
+    return (
+        1.0
+        + 0.1 * (math.log2(spec.rank) - 5) ** 2
+        + math.log10(spec.learning_rate / 1e-3) ** 2
+        + 1e-3 * spec.seed
+    )
+
+
+class SyntheticRun(StudyRun):
+    """The driver's own decisions, with outcomes made up instead of trained."""
+
+    def __init__(self, space: Space, record_of: Records, outcome: Outcome) -> None:
+        self.config = space.config
+        self.setup = SimpleNamespace(space=space)  # type: ignore[assignment]
+        self.environment = {"baseline": {"eval_loss": 9.0, "metrics": {}}}
+        self.ledger = Ledger.open(InMemoryStorage(), space.config)
+        self.record_of, self.outcome = record_of, outcome
+
+    def run(self) -> list[tuple[TrialSpec, TrialRecord]]:
+        while num_settled(self.ledger.settled()) < self.config.search.trials:
+            begun = self.ledger.begin(self._next_spec)
+            if begun is None:
+                break
+            trial, spec = begun
+            assert trial.number < 200, "the study does not end"
+            outcome = self.outcome(spec, trial.number)
+            self._settle(trial, self.record_of(spec, trial.number, bowl(spec), outcome))
+        return self.ledger.settled()
+
+
+def always_complete(spec: TrialSpec, number: int) -> str:
+    return "complete"
+
+
+def test_a_study_goes_from_the_default_over_its_tuning_and_the_search_to_seeds(
+    record_of: Records,
+) -> None:
+    settled = SyntheticRun(space_of(trials=30), record_of, always_complete).run()
+    roles = [spec.role for spec, _ in settled]
+    assert [record.role for _, record in settled] == roles
+    assert roles[0] == "default"
+    assert list(dict.fromkeys(roles)) == ["default", "default_tuned", "search", "seed"]
+    assert roles == sorted(roles, key=["default", "default_tuned", "search", "seed"].index)
+    counts = Counter(roles)
+    assert counts["default"] == 1
+    assert 3 <= counts["default_tuned"] <= MAX_TUNING_TRIALS
+    # Three finalists at most, on two more seeds each.
+    seeds = [(spec.configuration(), spec.seed) for spec, _ in settled if spec.role == "seed"]
+    assert len(seeds) == len(set(seeds)) and {seed for _, seed in seeds} == {1, 2}
+    assert len({configuration for configuration, _ in seeds}) in (2, 3)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_study_ends_with_exactly_the_trials_asked_for(sampler: str, record_of: Records) -> None:
+    def mixed(spec: TrialSpec, number: int) -> str:
+        return ("complete", "pruned", "complete", "failed", "oom", "diverged")[number % 6]
+
+    sizes = range(1, 41) if sampler == "random" else (1, 7, 24, 40)
+    for trials in sizes:
+        for outcome in (always_complete, mixed):
+            space = space_of(trials=trials, sampler=sampler)
+            settled = SyntheticRun(space, record_of, outcome).run()
+            assert len(settled) == num_settled(settled) == trials
+
+
+def test_refusals_by_the_planner_cost_no_trial(record_of: Records) -> None:
+    def large_ranks_do_not_fit(spec: TrialSpec, number: int) -> str:
+        return "infeasible" if spec.rank > 16 else "complete"
+
+    space = space_of(trials=20, sampler="random")
+    settled = SyntheticRun(space, record_of, large_ranks_do_not_fit).run()
+    assert num_settled(settled) == 20 < len(settled)
+
+
+def test_a_default_that_does_not_fit_is_told_once_and_not_for_ever(record_of: Records) -> None:
+    def rank_8_does_not_fit(spec: TrialSpec, number: int) -> str:
+        return "infeasible" if spec.rank == 8 else "complete"
+
+    settled = SyntheticRun(
+        space_of(trials=24, rank=[2, 4]), record_of, rank_8_does_not_fit
+    ).run()  # fmt: skip
+    assert num_settled(settled) == 24
+    assert sum(spec.role == "default" for spec, _ in settled) == 1
+
+
+def test_a_finite_space_ends_with_its_last_point_and_its_seeds(record_of: Records) -> None:
+    space = space_of(trials=90, rank=[4, 8], alpha=[16], learning_rate=[1e-3, 3e-3])
+    settled = SyntheticRun(space, record_of, always_complete).run()
+    roles = Counter(spec.role for spec, _ in settled)
+    assert roles["search"] == 4
+    assert roles["default_tuned"] == 2
+    assert roles["seed"] >= 4
+
+
+def test_a_resumed_study_goes_on_where_it_was(record_of: Records) -> None:
+    whole = SyntheticRun(space_of(trials=26, sampler="random"), record_of, always_complete)
+    expected = [spec for spec, _ in whole.run()]
+    stopped = SyntheticRun(space_of(trials=26, sampler="random"), record_of, always_complete)
+    stopped.outcome = stop_at(13)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    number = max(r.number for r in stopped.ledger.records())
+    assert number == 12
+    assert stopped.ledger.recover_orphans() == 1
+    stopped.outcome = always_complete
+    again = [(s.configuration(), s.seed, s.role) for s, _ in stopped.run()]
+    assert again == [(s.configuration(), s.seed, s.role) for s in expected]
+
+
+def stop_at(last: int) -> Outcome:
+    def outcome(spec: TrialSpec, number: int) -> str:
+        if number == last:
+            raise KeyboardInterrupt
+        return "complete"
+
+    return outcome
+
+
+# ------------------------------------------------------------ the default's own learning rate
+
+
+def walk(optimum: float, low: float, high: float, limit: int) -> tuple[float, int]:
+    """The best rate found on a loss that is a parabola in log rate, and how many were tried."""
+    tried: dict[float, float | None] = {}
+    while len(tried) < limit:
+        rate = next_rate(tried, low, high)
+        if rate is None:
+            break
+        assert rate not in tried
+        tried[rate] = math.log(rate / optimum) ** 2
+    return min(tried, key=lambda rate: tried[rate] or 0.0), len(tried)
+
+
+@given(log10_optimum=st.floats(-8, 1))
+def test_the_walk_ends_within_a_factor_of_root_two_of_the_optimum(log10_optimum: float) -> None:
+    optimum = 10**log10_optimum
+    found, num_tried = walk(optimum, 1e-5, 1e-2, limit=40)
+    assert num_tried < 40
+    assert abs(math.log2(found / optimum)) < 0.52
+
+
+@given(octaves=st.floats(-4, 4))
+def test_six_trials_find_an_optimum_within_a_factor_of_sixteen(octaves: float) -> None:
+    optimum = math.sqrt(1e-5 * 1e-2) * 2**octaves
+    found, _ = walk(optimum, 1e-5, 1e-2, limit=MAX_TUNING_TRIALS)
+    assert abs(math.log2(found / optimum)) <= 1.01
+
+
+def test_a_rate_that_diverged_is_walked_away_from() -> None:
+    tried: dict[float, float | None] = {1e-3: None}
+    for _ in range(8):
+        rate = next_rate(tried, 1e-4, 1e-2)
+        if rate is None:
+            break
+        tried[rate] = None if rate > 3e-4 else math.log(rate / 1e-4) ** 2
+    best = min((v, r) for r, v in tried.items() if v is not None)[1]
+    assert 0.7e-4 < best < 1.42e-4
+
+
+def test_the_first_rate_is_the_geometric_middle() -> None:
+    assert next_rate({}, 1e-5, 1e-3) == 1e-4
+
+
+def test_listed_rates_are_tried_from_the_middle_and_only_once(record_of: Records) -> None:
+    space = space_of(trials=40, learning_rate=[1e-2, 1e-4, 1e-3])
+    settled: list[tuple[TrialSpec, TrialRecord]] = []
+    while (spec := reference_trial(space, settled, loss_of)) is not None:
+        settled.append((spec, record_of(spec, len(settled))))
+    assert [spec.learning_rate for spec, _ in settled] == [5e-5, 1e-3, 1e-2, 1e-4]
+
+
+@pytest.mark.parametrize(("trials", "tuning"), [(1, 0), (3, 0), (4, 1), (11, 2), (24, 6), (99, 6)])
+def test_short_studies_tune_the_default_less(trials: int, tuning: int, record_of: Records) -> None:
+    space = space_of(trials=trials)
+    settled: list[tuple[TrialSpec, TrialRecord]] = []
+    while (spec := reference_trial(space, settled, loss_of)) is not None:
+        # A loss that falls for ever never lets the walk end by itself.
+        loss = -math.log(spec.learning_rate)
+        settled.append((spec, record_of(spec, len(settled), loss)))
+    assert len(settled) == 1 + tuning
+
+
+# ------------------------------------------------------------ finalists and their seeds
+
+
+def settled_with(
+    space: Space, record_of: Records, *losses: tuple[int, float, str]
+) -> list[tuple[TrialSpec, TrialRecord]]:
+    """A default and a tuned default at loss 2, then search trials as (rank, loss, outcome)."""
+    specs = [space.default(), space.default_tuned(3e-4)]
+    settled = [(s, record_of(s, number, 2.0 - 0.1 * number)) for number, s in enumerate(specs)]
+    for rank, loss, outcome in losses:
+        spec = space.spec({"log2_rank": int(math.log2(rank)), "log2_alpha": 4})
+        settled.append((spec, record_of(spec, len(settled), loss, outcome)))
+    return settled
+
+
+def test_finalists_are_the_tuned_default_the_best_and_the_cheapest_close_to_it(
+    record_of: Records,
+) -> None:
+    space = space_of(trials=30)
+    settled = settled_with(
+        space, record_of, (64, 1.0, "complete"), (16, 1.005, "complete"), (4, 1.009, "complete"),
+        (2, 1.02, "complete"), (8, 0.5, "pruned"), (32, 0.4, "diverged"),
+    )  # fmt: skip
+    found = finalists(space, settled, loss_of, within=0.01)
+    assert [(spec.role, spec.rank) for spec in found] == [
+        ("default_tuned", 8), ("search", 64), ("search", 4),
+    ]  # fmt: skip
+    found = finalists(space, settled, loss_of, within=0.0)
+    assert [spec.rank for spec in found] == [8, 64]
+
+
+def test_a_negative_objective_has_neighbours_too(record_of: Records) -> None:
+    space = space_of(trials=30, objective="exact_match")
+    settled = settled_with(space, record_of, (64, -0.9, "complete"), (4, -0.895, "complete"))
+    assert [s.rank for s in finalists(space, settled, loss_of, within=0.01)][1:] == [64, 4]
+
+
+def test_seeds_are_run_seed_by_seed_and_none_twice(record_of: Records) -> None:
+    space = space_of(trials=30, seeds=3)
+    settled = settled_with(space, record_of, (64, 1.0, "complete"), (4, 1.001, "complete"))
+    missing = seed_trials(space, settled, loss_of, within=0.01)
+    assert [(s.role, s.rank, s.seed) for s in missing] == [
+        ("seed", 8, 1), ("seed", 64, 1), ("seed", 4, 1),
+        ("seed", 8, 2), ("seed", 64, 2), ("seed", 4, 2),
+    ]  # fmt: skip
+    first = (missing[0], record_of(missing[0], 9, None, "failed"))
+    assert seed_trials(space, [*settled, first], loss_of, within=0.01) == missing[1:]
+
+
+@pytest.mark.parametrize(
+    ("trials", "seeds", "num_missing"), [(9, 3, 0), (10, 3, 2), (20, 3, 4), (99, 3, 4), (99, 1, 0)]
+)
+def test_short_studies_repeat_fewer_seeds(
+    trials: int, seeds: int, num_missing: int, record_of: Records
+) -> None:
+    space = space_of(trials=trials, seeds=seeds)
+    settled = settled_with(space, record_of, (64, 1.0, "complete"))
+    assert len(seed_trials(space, settled, loss_of, within=0.01)) == num_missing
