@@ -6,10 +6,12 @@ Everything is drawn from the events of a study; the driver knows nothing of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -173,6 +175,14 @@ class Display:
         return seconds_text(pace * max(0, self.config.search.trials - num_settled))
 
 
+ROLES = {
+    "default": "default",
+    "default_tuned": "tuned default",
+    "search": "search",
+    "seed": "other seed",
+}
+
+
 def objective_value(record: TrialRecord, config: StudyConfig) -> float | None:
     """The study's objective of a record, None where it was not measured."""
     name = config.search.objective
@@ -186,26 +196,24 @@ def trial_line(record: TrialRecord, config: StudyConfig) -> str:
     """One settled trial in a line."""
     value = objective_value(record, config)
     parts = [
-        f"trial {record.number:>3}",
-        f"{record.role:<13}",
-        f"{method_text(record.method):<7} rank {record.rank:<4} alpha {record.alpha:<4}"
-        f"lr {rate_text(record.learning_rate):<8}",
-        f"{record.outcome:<10}",
-        f"{objective_text(config.search.objective)} {value_text(value)}",
+        f"{record.number:>4} {ROLES[record.role]:<13} {method_text(record.method):<6} "
+        f"r={record.rank:<4}alpha={record.alpha:<3}lr={rate_text(record.learning_rate):<8}"
+        f"{value_text(value) if record.outcome == 'complete' else record.outcome:<8}",
     ]
     if record.measured_peak_bytes is not None:
-        parts.append(f"peak {bytes_text(record.measured_peak_bytes)}")
+        parts.append(f"{bytes_text(record.measured_peak_bytes):>8}")
     if record.train_seconds is not None:
-        parts.append(seconds_text(record.train_seconds))
+        parts.append(f"{seconds_text(record.train_seconds):>6}")
     if record.error:
         parts.append(record.error)
-    return "  ".join(parts)
+    return " ".join(parts)
 
 
 def plan_table(setup: Setup) -> Table:
     """Which ranks fit the budget, and with which micro-batch."""
     budget = setup.memory_budget_bytes
-    table = Table(title=f"memory plan, budget {bytes_text(budget)}", title_justify="left")
+    title = f"memory plan, budget {bytes_text(budget)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("rank", "trainable", "predicted peak", "needs", "micro-batch", "fits"):
         table.add_column(name, justify="right")
     for rank in setup.config.search.ranks:
@@ -226,7 +234,7 @@ def plan_table(setup: Setup) -> Table:
 
 def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
     """The table of ranks, the sentence, and where the files are."""
-    console.print(ranks_as_table(study, verdict))
+    console.print(ranks_as_table(study, verdict, console.width))
     console.print()
     for sentence in verdict.sentences:
         console.print(sentence, markup=False, highlight=False)
@@ -246,38 +254,49 @@ def study_paths(folder: Path) -> dict[str, Path]:
     }
 
 
-def ranks_as_table(study: Study, verdict: Verdict) -> Table:
-    """What each rank costs and what it buys."""
-    name = objective_text(verdict.objective)
-    table = Table(title="what each rank costs and buys", title_justify="left")
-    for column in (
-        "method", "rank", f"best {name}", "seeds", "alpha", "learning rate",
-        "predicted", "measured", "trainable", "train time", "FLOPs", "",
-    ):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("method", "") else "right")
-    for row in rank_table(study.records, verdict).to_dict("records"):
-        known = {key: None if value is None or value != value else value
-                 for key, value in row.items() if not _is_na(value)}  # fmt: skip
-        fits = known.get("fits") is not False
+def ranks_as_table(study: Study, verdict: Verdict, width: int) -> Table:
+    """What each rank costs and what it buys; a narrow terminal shows the columns that decide."""
+    table = Table(
+        title="what each rank costs and buys", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    columns = [c for c in RANK_COLUMNS if width >= WIDE or c.always]
+    for column in columns:
+        table.add_column(column.title.format(objective=objective_text(verdict.objective)),
+                         justify=column.justify, no_wrap=True)  # fmt: skip
+    rows = rank_table(study.records, verdict)
+    for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         table.add_row(
-            method_text(str(row["method"])),
-            str(row["rank"]),
-            value_text(known.get("objective")),
-            str(known.get("num_seeds", "-")),
-            str(known.get("alpha", "-")),
-            rate_text(known.get("learning_rate")),
-            bytes_text(known.get("predicted_peak_bytes")),
-            bytes_text(known.get("measured_peak_bytes")),
-            count_text(known.get("num_trainable_params")),
-            seconds_text(known.get("train_seconds")),
-            count_text(known.get("flops")),
-            str(known.get("marks", "")) if fits else "does not fit",
-            style="bold" if "recommended" in str(known.get("marks", "")) else None,
+            *(column.text({str(key): value for key, value in row.items()}) for column in columns),
+            style="bold" if "recommended" in (row["marks"] or "") else None,
         )
     return table
 
 
-def _is_na(value: object) -> bool:
-    import pandas as pd
+class RankColumn(NamedTuple):
+    """A column of the table of ranks."""
 
-    return bool(pd.isna(value))  # type: ignore[call-overload]
+    title: str
+    text: Callable[[dict[str, Any]], str]
+    justify: Literal["left", "right"] = "right"
+    always: bool = True
+    """Shown in a narrow terminal too."""
+
+
+RANK_COLUMNS = (
+    RankColumn("method", lambda row: method_text(row["method"]), "left"),
+    RankColumn("rank", lambda row: str(row["rank"])),
+    RankColumn("{objective}", lambda row: value_text(row["objective"])),
+    RankColumn("seeds", lambda row: str(row["num_seeds"] or "-"), always=False),
+    RankColumn("alpha", lambda row: str(row["alpha"] or "-"), always=False),
+    RankColumn("lr", lambda row: rate_text(row["learning_rate"])),
+    RankColumn("predicted", lambda row: bytes_text(row["predicted_peak_bytes"]), always=False),
+    RankColumn("measured", lambda row: bytes_text(row["measured_peak_bytes"]), always=False),
+    RankColumn("needs", lambda row: bytes_text(row["smallest_budget_bytes"])),
+    RankColumn("trainable", lambda row: count_text(row["num_trainable_params"]), always=False),
+    RankColumn("time", lambda row: seconds_text(row["train_seconds"])),
+    RankColumn("FLOPs", lambda row: count_text(row["flops"]), always=False),
+    RankColumn("", lambda row: "too large" if row["fits"] is False else row["marks"] or "", "left"),
+)
+
+WIDE = 140
+"""Columns of a terminal that shows every column of the table."""

@@ -152,6 +152,11 @@ class TrialRecord:
     num_trainable_params: int | None = None
     adapter_bytes: int | None = None
     flops: float | None = None
+    smallest_budget_bytes: int | None = None
+    """The smallest memory_budget it can be trained in: its need at the smallest micro-batch.
+
+    The trial itself ran at the largest micro-batch that fits, so peaks of two ranks need not be at
+    the same one; this number is."""
     predicted_peak_bytes: int | None = None
     predicted_reserved_bytes: int | None = None
     measured_peak_bytes: int | None = None

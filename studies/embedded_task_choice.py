@@ -1,6 +1,6 @@
 """Choose the embedded fine-tuning task by experiment, and record what every candidate gave.
 
-    python studies/embedded_task_choice.py            # every measurement, about 30 minutes
+    python studies/embedded_task_choice.py            # every measurement: 155 trials
     python studies/embedded_task_choice.py --quick    # does it run? well under a minute
 
 1. The chosen task at every rank of rsLoRA, in full fine-tuning, at three ranks of LoRA and with
@@ -421,7 +421,8 @@ class Bench:
         missing = [r for r in requests if not any(r.is_answered_by(t) for t in self.done)]
         for trial in self.pool.map(answer, missing):
             append_trial(self.csv_path, trial)
-            self.done.append(trial)
+        # From the file, so that the tables are the same whether a trial ran now or before.
+        self.done = read_trials(self.csv_path)
         found = [next(t for t in self.done if r.is_answered_by(t)) for r in requests]
         return [found[k : k + len(seeds)] for k in range(0, len(found), len(seeds))]
 

@@ -16,15 +16,19 @@ from optuna.storages import InMemoryStorage
 from rsauto.config import StudyConfig
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search.agenda import (
+    MAX_FINALISTS,
     MAX_TUNING_TRIALS,
     finalists,
     next_rate,
+    num_reserved,
     num_settled,
+    opening_trial,
     reference_trial,
     seed_trials,
 )
 from rsauto.search.driver import StudyRun
 from rsauto.search.ledger import Ledger
+from rsauto.search.objective import Objective
 from rsauto.search.space import Space
 from rsauto.study_file import validate
 
@@ -57,7 +61,7 @@ class SyntheticRun(StudyRun):
     def __init__(self, space: Space, record_of: Records, outcome: Outcome) -> None:
         self.config = space.config
         self.setup = SimpleNamespace(space=space)  # type: ignore[assignment]
-        self.environment = {"baseline": {"eval_loss": 9.0, "metrics": {}}}
+        self.objective = Objective("eval_loss", minimize=True, untouched=9.0)
         self.ledger = Ledger.open(InMemoryStorage(), space.config)
         self.record_of, self.outcome = record_of, outcome
 
@@ -89,10 +93,11 @@ def test_a_study_goes_from_the_default_over_its_tuning_and_the_search_to_seeds(
     counts = Counter(roles)
     assert counts["default"] == 1
     assert 3 <= counts["default_tuned"] <= MAX_TUNING_TRIALS
-    # Three finalists at most, on two more seeds each.
+    # Every finalist on two more seeds.
     seeds = [(spec.configuration(), spec.seed) for spec, _ in settled if spec.role == "seed"]
-    assert len(seeds) == len(set(seeds)) and {seed for _, seed in seeds} == {1, 2}
-    assert len({configuration for configuration, _ in seeds}) in (2, 3)
+    assert len(seeds) == len(set(seeds)) == 2 * MAX_FINALISTS
+    assert {seed for _, seed in seeds} == {1, 2}
+    assert len({configuration for configuration, _ in seeds}) == MAX_FINALISTS
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -211,7 +216,7 @@ def test_listed_rates_are_tried_from_the_middle_and_only_once(record_of: Records
     settled: list[tuple[TrialSpec, TrialRecord]] = []
     while (spec := reference_trial(space, settled, loss_of)) is not None:
         settled.append((spec, record_of(spec, len(settled))))
-    assert [spec.learning_rate for spec, _ in settled] == [5e-5, 1e-3, 1e-2, 1e-4]
+    assert [spec.learning_rate for spec, _ in settled] == [5e-5, 1e-3, 1e-4, 1e-2]
 
 
 @pytest.mark.parametrize(("trials", "tuning"), [(1, 0), (3, 0), (4, 1), (11, 2), (24, 6), (99, 6)])
@@ -252,8 +257,37 @@ def test_finalists_are_the_tuned_default_the_best_and_the_cheapest_close_to_it(
     assert [(spec.role, spec.rank) for spec in found] == [
         ("default_tuned", 8), ("search", 64), ("search", 4),
     ]  # fmt: skip
+    # Where the best is the cheapest as well, the next best takes the free place.
     found = finalists(space, settled, loss_of, within=0.0)
-    assert [spec.rank for spec in found] == [8, 64]
+    assert [spec.rank for spec in found] == [8, 64, 16]
+
+
+def test_as_many_trials_are_kept_back_as_the_seeds_will_need(record_of: Records) -> None:
+    for trials, seeds in ((9, 3), (10, 3), (24, 3), (40, 5), (40, 1)):
+        space = space_of(trials=trials, seeds=seeds)
+        settled = settled_with(space, record_of, (64, 1.0, "complete"), (4, 1.1, "complete"))
+        missing = seed_trials(space, settled, loss_of, within=0.01)
+        assert len(missing) == num_reserved(space.config.search)
+
+
+def test_the_search_opens_with_every_rank_once_in_the_middle(record_of: Records) -> None:
+    space = space_of(trials=40, rank={"low": 2, "high": 32}, alpha={"low": 8, "high": 32})
+    settled = settled_with(space, record_of)
+    opened = []
+    while (spec := opening_trial(space, settled)) is not None:
+        opened.append(spec)
+        outcome = "failed" if spec.rank == 8 else "complete"
+        settled.append((spec, record_of(spec, len(settled), 1.0, outcome)))
+    assert sorted(spec.rank for spec in opened) == [2, 4, 8, 16, 32]
+    for spec in opened:
+        assert spec.role == "search" and spec.alpha == 16
+        assert spec.learning_rate == pytest.approx(space.centre("rslora", spec.rank), rel=1e-3)
+
+
+def test_a_short_or_a_random_study_has_no_opening(record_of: Records) -> None:
+    for search in ({"trials": 10}, {"trials": 40, "sampler": "random"}):
+        space = space_of(**search)
+        assert opening_trial(space, settled_with(space, record_of)) is None
 
 
 def test_a_negative_objective_has_neighbours_too(record_of: Records) -> None:

@@ -168,7 +168,7 @@ def test_pruned_trials_teach_by_the_objective_not_by_the_loss(record_of: Records
 
 @pytest.mark.parametrize("outcome", ["infeasible", "oom", "diverged"])
 def test_trials_that_do_not_fit_shift_proposals_away(outcome: str, record_of: Records) -> None:
-    """Every rank above 16 fails at the untouched model's loss; without a penalty they look alike."""
+    """All trials have one value; only the constraint tells the ranks above 16 apart."""
 
     def share_of_large_ranks(failing: str) -> float:
         large = total = 0

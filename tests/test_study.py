@@ -230,9 +230,7 @@ def test_report_is_made_from_records_alone(finished: dict[str, Any], tmp_path: P
 def test_status_tells_where_the_study_stands(finished: dict[str, Any]) -> None:
     result = CliRunner().invoke(app, ["status", str(finished["out"])])
     assert "12 of 12 settled" in result.stdout
-    values = json.loads(
-        CliRunner().invoke(app, ["status", str(finished["out"]), "--json"]).stdout
-    )
+    values = json.loads(CliRunner().invoke(app, ["status", str(finished["out"]), "--json"]).stdout)
     assert values["settled"] == 12
 
 

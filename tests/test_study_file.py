@@ -267,7 +267,7 @@ def test_a_dumped_study_loads_as_an_equal_one(tmp_path: Path, text: str) -> None
     assert dump(again) == dump(config)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @example(prompt="a\x85b\u2028c", low=1e-5, num_bytes=1)
 @given(
     prompt=st.text(st.characters(codec="utf-8"), min_size=1),

@@ -35,7 +35,7 @@ from rsauto.training.loop import (
     accumulate_gradients,
     clip_gradients,
     gradient_norms,
-    record_steps,
+    watched_steps,
 )
 from rsauto.training.schedule import Schedule, evaluation_steps, rate_multiplier, warmup_steps
 from rsauto.training.trial import Bench, OutOfMemory, Trial
@@ -64,7 +64,7 @@ EOS = 1
 
 
 def rows(num_rows: int, seed: int) -> tuple[Example, ...]:
-    """Prompts and completions of many lengths, without a pattern: they can only be learnt by heart."""
+    """Random prompts and completions of many lengths, which can only be learnt by heart."""
     generator = random.Random(seed)
     found = []
     for _ in range(num_rows):
@@ -350,11 +350,14 @@ def test_peaks_are_looked_for_where_a_batch_is_larger_than_all_before() -> None:
 
     data = data_of(tuple(example(n) for n in (9, 3, 5, 4, 7)), (example(2),))
     one_row_each = [[(i,)] for i in range(5)]
-    # Step 1 has no optimizer states yet; of steps 2 to 5 with 3, 5, 4 and 7 tokens three are larger.
-    assert record_steps(one_row_each, data) == {2, 3, 5}
-    assert record_steps(one_row_each[:1], data) == {1}
+    # Step 1 has no optimizer states yet; of 3, 5, 4 and 7 tokens three are larger.
+    assert watched_steps(one_row_each, data, (1, 2, 3, 4, 5)) == {2, 3, 5}
+    # Between two evaluations only the largest decides.
+    assert watched_steps(one_row_each, data, (4, 5)) == {3, 5}
+    assert watched_steps(one_row_each, data, (5,)) == {5}
+    assert watched_steps(one_row_each[:1], data, (1,)) == {1}
     # A step is as large as its largest micro-batch with padding: 2 x 5 beats 1 x 9.
-    assert record_steps([[(0,)], [(0,)], [(1, 2), (3,)]], data) == {2, 3}
+    assert watched_steps([[(0,)], [(0,)], [(1, 2), (3,)]], data, (2, 3)) == {2, 3}
 
 
 # ------------------------------------------------------------ evaluation

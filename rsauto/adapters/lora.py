@@ -87,7 +87,7 @@ def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
         # PEFT sets these hooks once more with every adapter, and never removes one.
         model.disable_input_require_grads()  # type: ignore[operator]
     try:
-        return get_peft_model(model, config, ADAPTER_NAME)  # type: ignore[arg-type]
+        return get_peft_model(model, config, ADAPTER_NAME)
     except BaseException:  # such as a device without room for the factors
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
             parent, _, child = name.rpartition(".")

@@ -1,12 +1,12 @@
 """The embedded fine-tuning task: translate English sentences into an invented language.
 
 The embedded model has read English in docstrings and has never seen the language, so its weights
-must change: 32 stems, 11 particles and a word order have to be learnt. A row is
+must change: 32 stems, 10 particles and a word order have to be learnt. A row is
 
-    prompt      "no same objects will not read ="
-    completion  " nowa su de reso poli re se"     (object PLURAL no same read will NOT)
+    prompt      "no same method will not get ="
+    completion  " pobo ne bebo sofi ma de"        (method no same get will NOT)
 
-and takes 13 to 26 tokens of the embedded tokenizer, end of text included. The grammar, where the
+and takes 13 to 23 tokens of the embedded tokenizer, end of text included. The grammar, where the
 object after the verb is a candidate that was not chosen (`LanguageSpec.transitive`):
 
     English   DETERMINER [ADJECTIVE] NOUN[s] AUXILIARY [not] VERB [DETERMINER [ADJECTIVE] NOUN[s]] =

@@ -51,6 +51,7 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("best_single", "best single", value_text),
         ("alpha", "alpha", str),
         ("learning_rate", "learning rate", rate_text),
+        ("smallest_budget_bytes", "smallest budget", bytes_text),
         ("predicted_peak_bytes", "predicted peak", bytes_text),
         ("measured_peak_bytes", "measured peak", bytes_text),
         ("fits", "fits", lambda fits: "yes" if fits else "no"),
@@ -94,7 +95,7 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
         found.append((name, value_text(chosen.objective), seeds))
         budget = verdict.memory_budget_bytes
         limit = f"of {bytes_text(budget)}" if budget is not None else "no budget set"
-        found.append(("peak memory", bytes_text(chosen.need_bytes), limit))
+        found.append(("memory needed", bytes_text(chosen.need_bytes), limit))
     if verdict.gain is not None:
         relative = verdict.gain.relative
         found.append(

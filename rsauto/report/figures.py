@@ -25,7 +25,7 @@ from rsauto.report.panel import (
     Symbol,
 )
 from rsauto.report.pareto import pareto
-from rsauto.report.table import needed_bytes, table
+from rsauto.report.table import cost_bytes, table
 from rsauto.report.units import (
     byte_unit,
     bytes_text,
@@ -171,8 +171,10 @@ def _marked(x: str, divisor: float, verdict: Verdict, scale: _Scale) -> list[Lay
     layers = []
     for key, name, symbol, colour in shown:
         standing = verdict.standings.get(key)
-        at = None if standing is None else getattr(standing.record, x)
-        if standing is None or at is None:
+        if standing is None:
+            continue
+        at = standing.need_bytes if x == "memory_bytes" else getattr(standing.record, x)
+        if at is None:
             continue
         seeds = f", mean of {standing.num_seeds} seeds" if standing.num_seeds > 1 else ""
         layers.append(
@@ -191,10 +193,11 @@ def _marked(x: str, divisor: float, verdict: Verdict, scale: _Scale) -> list[Lay
 
 
 def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
-    x = "predicted_peak_bytes"
+    x = "memory_bytes"
+    trials = trials.assign(memory_bytes=cost_bytes(trials))
     if trials[x].notna().sum() == 0:
         return None
-    divisor, unit = byte_unit(float(needed_bytes(trials).max()))
+    divisor, unit = byte_unit(float(trials[x].max()))
     scale = _scale(trials, verdict)
     front = pareto(trials, x, verdict.objective, verdict.minimize)
     line = Layer(
@@ -213,10 +216,10 @@ def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     told = f" The memory budget is {bytes_text(budget)}." if budget is not None else ""
     return Panel(
         key="memory",
-        title=f"What memory buys: {name} against peak memory",
-        caption=f"Every trial at its predicted peak. The line joins the trials that no other beats "
-        f"in both. {_AT_THE_EDGE}{told}",
-        x_label=f"predicted peak memory ({unit})",
+        title=f"What memory buys: {name} against memory",
+        caption="Every trial at the smallest budget it can be trained in. The line joins the "
+        f"trials that no other beats in both. {_AT_THE_EDGE}{told}",
+        x_label=f"smallest memory budget ({unit})",
         y_label=name,
         layers=(*([line] if line.x else []), *_trial_layers(trials, x, divisor, verdict, scale),
                 *_marked(x, divisor, verdict, scale)),

@@ -10,7 +10,7 @@ import pandas as pd
 from rsauto.config import parse_bytes
 from rsauto.errors import InputError, nearest
 from rsauto.report.noise import configurations, full_runs
-from rsauto.report.table import metric_columns, needed_bytes
+from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
 from rsauto.report.units import bytes_text
 
 MINIMISED = frozenset({"eval_loss", "perplexity", "train_loss"})
@@ -63,8 +63,8 @@ def select_rank(
     text such as "24GiB"; None takes the budget each trial ran under), defaults included.
 
     cheapest  of those no further from the best than ``within`` (relative to it) or ``tolerance``
-              (absolute, whichever is more), the one with the lowest predicted peak memory, then the
-              fewest FLOPs, then the best objective
+              (absolute, whichever is more), the one that can be trained in the least memory, then
+              the fewest FLOPs, then the best objective
     largest   the largest rank, at its best objective: the rule of the rsLoRA paper
 
     ``min_seeds`` leaves out configurations that ran on fewer seeds: the best of many single runs is
@@ -104,10 +104,12 @@ def choose(
         margin = max(within * abs(best), tolerance)
         # The last term keeps a row in that lies on the limit but for rounding.
         kept = loss - best <= margin + 1e-12 * abs(best)
-    near = rows[kept].assign(_loss=loss[kept])
-    costs = [name for name in ("predicted_peak_bytes", "flops") if name in near.columns]
+    near = rows[kept].assign(_loss=loss[kept], _memory=cost_bytes(rows[kept]))
+    costs = [name for name in ("_memory", "flops") if name in near.columns]
     order = ["_loss", *costs] if prefer == "largest" else [*costs, "_loss"]
-    chosen: pd.Series[Any] = near.sort_values(order, kind="stable").drop(columns="_loss").iloc[0]
+    chosen: pd.Series[Any] = (
+        near.sort_values(order, kind="stable").iloc[0].drop(["_loss", "_memory"])
+    )
     return chosen
 
 

@@ -23,6 +23,7 @@ RANK_COLUMNS = {
     "best_single": "Float64",
     "alpha": "Int64",
     "learning_rate": "Float64",
+    "smallest_budget_bytes": "Int64",
     "predicted_peak_bytes": "Int64",
     "measured_peak_bytes": "Int64",
     "num_trainable_params": "Int64",
@@ -36,6 +37,7 @@ RANK_COLUMNS = {
 best_single the best single trial; the settings and costs are those of that configuration."""
 
 _COSTS = (
+    "smallest_budget_bytes",
     "predicted_peak_bytes",
     "measured_peak_bytes",
     "num_trainable_params",
@@ -74,7 +76,7 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
         "marks": _marks(int(first["rank"]), str(first["method"]), verdict),
     }
     if runs.empty:
-        return row | {name: group[name].min() for name in _COSTS[:3]}
+        return row | {name: group[name].min() for name in _COSTS[:4]}
     rows = configurations(runs)
     rows = rows[rows["num_seeds"] == rows["num_seeds"].max()]
     best = rows.sort_values(verdict.objective, ascending=verdict.minimize, kind="stable").iloc[0]

@@ -56,6 +56,7 @@ COLUMNS: Mapping[str, str] = {
     "num_trainable_params": "Int64",
     "adapter_bytes": "Int64",
     "flops": "Float64",
+    "smallest_budget_bytes": "Int64",
     "predicted_peak_bytes": "Int64",
     "predicted_reserved_bytes": "Int64",
     "measured_peak_bytes": "Int64",
@@ -185,6 +186,14 @@ def needed_bytes(trials: pd.DataFrame) -> pd.Series[Any]:
     if not known:
         return pd.Series(pd.NA, index=trials.index, dtype="Int64")
     return pd.concat(known, axis=1).max(axis=1).astype("Int64")
+
+
+def cost_bytes(trials: pd.DataFrame) -> pd.Series[Any]:
+    """What a configuration costs in memory, so that ranks can be compared: the smallest budget it
+    can be trained in, or where that is not known the largest of its peaks."""
+    if "smallest_budget_bytes" not in trials.columns:
+        return needed_bytes(trials)
+    return trials["smallest_budget_bytes"].astype("Int64").fillna(needed_bytes(trials))
 
 
 def feasible(trials: pd.DataFrame) -> pd.Series[bool]:

@@ -19,7 +19,7 @@ from rsauto.errors import InputError, nearest
 from rsauto.records import TrialRecord
 from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
 from rsauto.report.pareto import choose, fits
-from rsauto.report.table import metric_columns, needed_bytes, table
+from rsauto.report.table import cost_bytes, metric_columns, needed_bytes, table
 from rsauto.report.wording import sentences
 
 
@@ -33,7 +33,7 @@ class Standing:
     """Mean over its seeds."""
     num_seeds: int
     need_bytes: int | None
-    """The largest of its known peaks, predicted and measured."""
+    """The smallest budget it can be trained in, see ``cost_bytes``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +198,7 @@ def _standings(
 def _standing(
     row: pd.Series[Any], objective: str, by_number: Mapping[int, TrialRecord]
 ) -> Standing:
-    need = needed_bytes(row.to_frame().T).iloc[0]
+    need = cost_bytes(row.to_frame().T).iloc[0]
     return Standing(
         record=by_number[int(row["number"])],
         objective=float(row[objective]),
@@ -261,7 +261,7 @@ def _too_large(trials: pd.DataFrame, budget: int | None) -> tuple[TooLarge, ...]
     needs = needed_bytes(trials)
     over = (needs > budget).fillna(False) if budget is not None else ~trials["feasible"]
     found = []
-    for rank, group in trials.assign(_no=refused | over, _need=needs).groupby("rank"):
+    for rank, group in trials.assign(_no=refused | over, _need=cost_bytes(trials)).groupby("rank"):
         if group["_no"].all():
             least = group["_need"].min()
             ran_out = bool((group["outcome"] == "oom").any())

@@ -171,23 +171,17 @@ class StudyRun:
         return found or (seeds[0] if seeds else None)
 
     def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
-        budget = self.setup.memory_budget_bytes
         prediction = self.setup.predict(spec)
         if prediction is None:
-            needed = self.setup.smallest_prediction(spec)
-            record = infeasible_record(trial.number, spec, needed, budget)
-            self._settle(trial, record)
-            return record
+            return self._refuse(trial, spec)
         spec = replace(spec, micro_batch_size=prediction.micro_batch_size)
         yield TrialStarted(trial.number, spec, prediction)
         with Trial(bench, spec) as run:
             outcome, error = yield from self._train(trial, run)
-            record = trial_record(
-                trial.number, run, spec, prediction, outcome, error, memory_budget_bytes=budget
-            )
+            record = trial_record(trial.number, run, spec, prediction, outcome, error)
             if outcome == "complete":
                 record = self._save(run, record)
-            self._settle(trial, record)
+            record = self._settle(trial, record)
         self._keep_adapters()
         return record
 
@@ -232,8 +226,20 @@ class StudyRun:
         num_bytes = run.save(self.folder.adapter(record.number), card)
         return replace(record, adapter_bytes=num_bytes)
 
-    def _settle(self, trial: optuna.Trial, record: TrialRecord) -> None:
-        """Tells the ledger how the trial ended."""
+    def _refuse(self, trial: optuna.Trial, spec: TrialSpec) -> TrialRecord:
+        """Settles a trial that does not fit the budget, without starting it."""
+        smallest = self.setup.smallest_prediction(spec)
+        return self._settle(trial, infeasible_record(trial.number, spec, smallest))
+
+    def _settle(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
+        """Tells the ledger how the trial ended; returns the record as it stands there."""
+        spec = TrialSpec.from_json(trial.user_attrs["spec"])
+        smallest = self.setup.smallest_prediction(spec)
+        record = replace(
+            record,
+            memory_budget_bytes=self.setup.memory_budget_bytes,
+            smallest_budget_bytes=self.setup.planner.needed_bytes(smallest),
+        )
         state = TrialState.COMPLETE
         if record.outcome in ("pruned", "failed"):
             state = TrialState.PRUNED if record.outcome == "pruned" else TrialState.FAIL
@@ -241,6 +247,7 @@ class StudyRun:
             trial, record, value=self.objective.told(record), state=state,
             constraints=constraints(record),
         )  # fmt: skip
+        return record
 
     def _keep_adapters(self) -> None:
         """Keeps the adapters of the best trials so far, one of which may be the answer."""
@@ -310,9 +317,7 @@ class StudyRun:
                 continue
             spec = probes(self.setup, rank)[0]
             trial, spec = self.ledger.begin_new(spec)
-            needed = self.setup.smallest_prediction(spec)
-            budget = self.setup.memory_budget_bytes
-            self._settle(trial, infeasible_record(trial.number, spec, needed, budget))
+            self._refuse(trial, spec)
 
     def _stop_if_asked(self) -> None:
         if self.stop.requested:

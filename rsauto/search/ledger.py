@@ -198,6 +198,9 @@ def worker_lives(worker: dict[str, Any] | None) -> bool:
     if worker["host"] != socket.gethostname():
         return True
     try:
-        return bool(abs(psutil.Process(worker["pid"]).create_time() - worker["born"]) < 1.0)
+        process = psutil.Process(worker["pid"])
+        same = abs(process.create_time() - worker["born"]) < 1.0
+        # A killed process stays a zombie where nobody waits for it, as in many containers.
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

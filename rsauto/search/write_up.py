@@ -29,8 +29,6 @@ def trial_record(
     prediction: Prediction,
     outcome: Outcome,
     error: str | None,
-    *,
-    memory_budget_bytes: int,
 ) -> TrialRecord:
     """The record of a trial that was started, however it ended."""
     last_point = run.curve[-1] if run.curve else None
@@ -56,7 +54,6 @@ def trial_record(
         predicted_peak_bytes=prediction.peak_bytes,
         predicted_reserved_bytes=prediction.reserved_bytes,
         measured_peak_bytes=run.measured_peak_bytes,
-        memory_budget_bytes=memory_budget_bytes,
         train_seconds=seconds or None,
         tokens_per_second=tokens / seconds if seconds else None,
         worker=f"{socket.gethostname()}:{os.getpid()}",
@@ -65,9 +62,7 @@ def trial_record(
     )
 
 
-def infeasible_record(
-    number: int, spec: TrialSpec, smallest: Prediction, memory_budget_bytes: int
-) -> TrialRecord:
+def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> TrialRecord:
     """The record of a configuration the planner refused; nothing of it was run."""
     return TrialRecord(
         number=number,
@@ -79,7 +74,6 @@ def infeasible_record(
         num_trainable_params=smallest.num_trainable_params,
         predicted_peak_bytes=smallest.peak_bytes,
         predicted_reserved_bytes=smallest.reserved_bytes,
-        memory_budget_bytes=memory_budget_bytes,
         worker=f"{socket.gethostname()}:{os.getpid()}",
         started_at=now(),
         error="does not fit the memory budget",

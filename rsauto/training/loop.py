@@ -44,8 +44,8 @@ def train(
     parameters = list(trainable_parameters(model).values())
     order = batch_plan(len(data.train), spec.batch_size, spec.steps, spec.seed)
     steps = [micro_batches(indices, spec.micro_batch_size) for indices in order]
-    watched = record_steps(steps, data)
-    evaluate_after = set(evaluation_steps(spec.steps, spec.num_evals))
+    evaluate_after = evaluation_steps(spec.steps, spec.num_evals)
+    watched = watched_steps(steps, data, evaluate_after)
     losses: list[float] = []
     norms: list[float] = []
     num_tokens = 0
@@ -56,9 +56,9 @@ def train(
         set_learning_rate(optimizer, spec, step - 1)
         with watching(meter, step in watched):
             loss = accumulate_gradients(model, parts, data, device)
+            require_finite(step, loss)
             norm, total_norm = gradient_norms(parameters)
-            if not (math.isfinite(loss) and math.isfinite(total_norm)):
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {total_norm}")
+            require_finite(step, total_norm, "gradient norm")
             if spec.max_grad_norm is not None:
                 clip_gradients(parameters, total_norm, spec.max_grad_norm)
             optimizer.step()
@@ -126,6 +126,12 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: fl
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
 
 
+def require_finite(step: int, value: float, name: str = "loss") -> None:
+    """Raises Diverged for NaN and infinities."""
+    if not math.isfinite(value):
+        raise Diverged(f"step {step}: {name} {value}")
+
+
 def set_learning_rate(optimizer: Optimizer, spec: TrialSpec, step: int) -> None:
     """Sets every group to its peak rate times the schedule's multiplier for ``step`` (from 0)."""
     num_warmup = warmup_steps(spec.steps, spec.warmup_share)
@@ -134,22 +140,26 @@ def set_learning_rate(optimizer: Optimizer, spec: TrialSpec, step: int) -> None:
         group["lr"] = group["initial_lr"] * multiplier
 
 
-def record_steps(steps: Sequence[Sequence[Sequence[int]]], data: TokenisedData) -> set[int]:
-    """Steps (from 1) with a larger padded micro-batch than any before: where a peak can rise.
+def watched_steps(
+    steps: Sequence[Sequence[Sequence[int]]], data: TokenisedData, evaluate_after: Sequence[int]
+) -> set[int]:
+    """Steps (from 1) to measure: the heaviest before each evaluation, where none was before.
 
-    The first step is left out where there is another: it has no optimizer states in its forward
-    pass yet, so the second one needs at least as much at equal size.
+    A trial can only be pruned at an evaluation, so these are the steps that decide its peak. The
+    first step is left out where there is another: its forward pass has no optimizer states yet.
     """
     sizes = [max(padded_tokens([data.train[i] for i in part]) for part in parts) for parts in steps]
-    if len(sizes) == 1:
-        return {1}
-    records = {2}
-    largest = sizes[1]
-    for step, size in enumerate(sizes[2:], start=3):
-        if size > largest:
-            records.add(step)
-            largest = size
-    return records
+    watched: set[int] = set()
+    heaviest, begin = 0, min(2, len(steps))
+    for end in evaluate_after:
+        if begin > end:
+            continue
+        step = max(range(begin, end + 1), key=lambda number: sizes[number - 1])
+        if sizes[step - 1] > heaviest:
+            watched.add(step)
+            heaviest = sizes[step - 1]
+        begin = end + 1
+    return watched
 
 
 def eval_point(
@@ -172,8 +182,7 @@ def eval_point(
         device=device,
         meter=meter if step == evaluation_steps(spec.steps, spec.num_evals)[0] else None,
     )
-    if not math.isfinite(result.eval_loss):
-        raise Diverged(f"step {step}: validation loss {result.eval_loss}")
+    require_finite(step, result.eval_loss, "validation loss")
     return EvalPoint(
         step=step,
         train_loss=sum(losses) / len(losses),

@@ -1,0 +1,268 @@
+"""The ledger keeps every trial through reopening, giving up, and a kill at the worst moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from rsauto.config import StudyConfig
+from rsauto.errors import InputError
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search import ledger as ledger_module
+from rsauto.search.ledger import (
+    DIVERGENCE,
+    MEMORY,
+    Ledger,
+    build_pruner,
+    open_storage,
+    this_worker,
+    worker_lives,
+)
+from rsauto.study_file import validate
+
+Records = Callable[..., TrialRecord]
+
+
+def spec_of(rank: int = 8, **changes: Any) -> TrialSpec:
+    settings = {"alpha": 16, "learning_rate": 1e-3, "target_modules": ("q_proj",), **changes}
+    return TrialSpec(role="search", method="rslora", scaling_rule="rslora", rank=rank, **settings)
+
+
+def config_of(**search: Any) -> StudyConfig:
+    return validate({"name": "tiny", "search": search})
+
+
+def journal_ledger(folder: Path) -> Ledger:
+    """A ledger as a new process would open it."""
+    return Ledger.open(open_storage(None, folder / "journal.log"), config_of())
+
+
+def settle(
+    ledger: Ledger, trial: optuna.Trial, record: TrialRecord, value: float | None = 1.5
+) -> None:
+    states = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    ledger.settle(
+        trial,
+        record,
+        value=value,
+        state=states.get(record.outcome, TrialState.COMPLETE),
+        constraints={MEMORY: -0.25, DIVERGENCE: 0.0},
+    )
+
+
+def test_records_survive_closing_and_opening_the_journal(
+    tmp_path: Path, record_of: Records
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    expected = []
+    for rank, outcome in ((4, "complete"), (8, "pruned"), (16, "failed"), (2, "infeasible")):
+        trial, spec = ledger.begin_new(spec_of(rank))
+        record = record_of(spec, trial.number, 1.5, outcome)
+        settle(ledger, trial, record)
+        expected.append((spec_of(rank), record))
+    assert ledger.settled() == expected
+    again = journal_ledger(tmp_path)
+    assert again.settled() == expected
+    assert [r.number for r in again.records()] == [0, 1, 2, 3]
+    assert again.unfinished_specs() == []
+
+
+def test_optuna_sees_values_states_constraints_and_settings(
+    tmp_path: Path, record_of: Records
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    for outcome in ("complete", "pruned", "failed"):
+        trial, spec = ledger.begin_new(spec_of(rank=12))
+        settle(ledger, trial, record_of(spec, trial.number, 1.5, outcome))
+    study = optuna.load_study(
+        study_name="tiny", storage=open_storage(None, tmp_path / "journal.log")
+    )
+    trials = study.trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+    assert trials[0].value == 1.5
+    assert all(t.constraints == {MEMORY: -0.25, DIVERGENCE: 0.0} for t in trials)
+    assert trials[0].params == {
+        "method": "rslora", "rank": 12, "alpha": 16, "learning_rate": 1e-3, "lr_ratio": 1.0,
+    }  # fmt: skip
+    assert study.best_trial.number == 0
+
+
+def test_a_running_trial_is_no_record_yet_but_known(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.begin_new(spec_of(4))
+    assert ledger.records() == []
+    assert ledger.unfinished_specs() == [spec_of(4)]
+
+
+def test_nothing_is_begun_when_nothing_is_proposed(tmp_path: Path) -> None:
+    assert journal_ledger(tmp_path).begin(lambda: None) is None
+
+
+def test_an_abandoned_trial_is_run_again_before_anything_new(
+    tmp_path: Path, record_of: Records
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    trial, spec = ledger.begin_new(spec_of(4))
+    trial.report(2.0, step=5)
+    ledger.abandon(trial, spec)
+    assert ledger.records() == []
+    begun = journal_ledger(tmp_path).begin(lambda: pytest.fail("asked for something new"))
+    assert begun is not None
+    retried, again = begun
+    assert (retried.number, again) == (1, spec_of(4, retry_of=0))
+    # A new trial, not the old one: nothing it had reported is left.
+    settle(ledger, retried, record_of(again, 1))
+    frozen = ledger.study.trials[1]
+    assert frozen.intermediate_values == {}
+    assert ledger.study.trials[0].state == TrialState.FAIL
+    assert [r.number for r in ledger.records()] == [1]
+
+
+def test_a_trial_left_by_this_process_is_taken_up_again_once(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.begin_new(spec_of(4))
+    assert ledger.recover_orphans() == 1
+    assert ledger.recover_orphans() == 0
+    assert ledger.unfinished_specs() == [spec_of(4, retry_of=0)]
+
+
+def test_a_kill_between_requeueing_and_failing_does_not_double_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.begin_new(spec_of(4))
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledger.study, "tell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.recover_orphans()
+    again = journal_ledger(tmp_path)
+    assert again.recover_orphans() == 1
+    assert again.unfinished_specs() == [spec_of(4, retry_of=0)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.ledger import Ledger, open_storage
+from rsauto.study_file import validate
+from optuna.trial import TrialState
+
+ledger = Ledger.open(open_storage(None, Path(sys.argv[1])), validate({"name": "tiny"}))
+spec = dict(role="search", method="rslora", scaling_rule="rslora", alpha=16, learning_rate=1e-3)
+ledger.begin_new(TrialSpec(rank=4, **spec))
+trial, done = ledger.begin_new(TrialSpec(rank=8, **spec))
+record = TrialRecord(number=trial.number, outcome="complete", gamma_r=1.0, rank=8,
+    target_modules="all-linear", lr_ratio=1.0, optimizer="adamw", schedule="linear",
+    batch_size=16, max_length=512, seed=0, eval_loss=0.5, **spec)
+ledger.study.tell = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+ledger.settle(trial, record, value=0.5, state=TrialState.COMPLETE, constraints={"memory": -0.5})
+"""
+
+
+def test_a_killed_process_loses_no_trial_and_doubles_none(tmp_path: Path) -> None:
+    """One trial was running, the record of another was just written when the process was killed."""
+    journal = tmp_path / "journal.log"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(journal)])
+    # Not waited for: a killed child stays a zombie until its parent asks, as in many containers.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        ledger = journal_ledger(tmp_path)
+        states = [trial.state for trial in ledger.study.trials]
+        assert states == [TrialState.RUNNING, TrialState.RUNNING]
+        assert ledger.recover_orphans() == 1
+    finally:
+        assert child.wait() == -signal.SIGKILL
+
+    (record,) = ledger.records()
+    assert (record.number, record.rank, record.eval_loss) == (1, 8, 0.5)
+    finished = ledger.study.trials[1]
+    assert (finished.state, finished.value) == (TrialState.COMPLETE, 0.5)
+    assert finished.constraints == {"memory": -0.5}
+
+    begun = ledger.begin(lambda: pytest.fail("asked for something new"))
+    assert begun is not None
+    trial, spec = begun
+    assert (trial.number, spec.rank, spec.retry_of) == (2, 4, 0)
+    assert len(ledger.study.trials) == 3
+    assert ledger.study.trials[0].state == TrialState.FAIL
+
+
+def test_trials_of_a_living_process_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = psutil.Process(os.getppid())
+    worker = {**this_worker(), "pid": other.pid, "born": other.create_time()}
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "this_worker", lambda: worker)
+        journal_ledger(tmp_path).begin_new(spec_of(4))
+    ledger = journal_ledger(tmp_path)
+    assert ledger.recover_orphans() == 0
+    assert ledger.study.trials[0].state == TrialState.RUNNING
+
+
+def test_a_worker_lives_while_its_process_does() -> None:
+    parent = psutil.Process(os.getppid())
+    living = {**this_worker(), "pid": parent.pid, "born": parent.create_time()}
+    assert worker_lives(living)
+    assert not worker_lives({**living, "born": parent.create_time() - 100}), "the pid was reused"
+    assert not worker_lives({**living, "pid": 2**22 + 1}), "no such process"
+    assert not worker_lives(this_worker()), "an own trial is left from an earlier call"
+    assert not worker_lives(None)
+    assert worker_lives({"host": "another-host", "pid": 1, "born": 0.0}), "cannot be known"
+
+
+@pytest.mark.parametrize(
+    ("search", "direction"),
+    [({}, "MINIMIZE"), ({"objective": "exact_match"}, "MAXIMIZE"),
+     ({"objective": "exact_match", "direction": "minimize"}, "MINIMIZE")],
+)  # fmt: skip
+def test_the_study_has_the_direction_of_its_objective(
+    search: dict[str, Any], direction: str
+) -> None:
+    ledger = Ledger.open(InMemoryStorage(), config_of(**search))
+    assert ledger.study.direction.name == direction
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("median", optuna.pruners.MedianPruner),
+        ("halving", optuna.pruners.SuccessiveHalvingPruner),
+        ("none", optuna.pruners.NopPruner),
+    ],
+)
+def test_each_pruner_is_the_one_it_is_called(name: str, kind: type) -> None:
+    assert type(build_pruner(config_of(pruner=name).search)) is kind
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "unknowndb://x/y"])
+def test_a_storage_that_cannot_be_opened_is_told_with_its_url(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="study storage cannot be opened") as caught:
+        open_storage(url, tmp_path / "journal.log")
+    assert f"--storage {url}" in str(caught.value)
+
+
+def test_the_same_ledger_works_on_a_database(tmp_path: Path, record_of: Records) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    for number in range(2):
+        ledger = Ledger.open(open_storage(url, tmp_path / "unused"), config_of())
+        trial, spec = ledger.begin_new(spec_of(4 + number))
+        settle(ledger, trial, record_of(spec, trial.number))
+    assert [r.rank for r in ledger.records()] == [4, 5]
+    assert not (tmp_path / "unused").exists()
