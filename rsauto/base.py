@@ -100,7 +100,9 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedM
     model.requires_grad_(False)
     model.config.use_cache = False
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5; the old name still works and warns.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         # Frozen embeddings give activations without a gradient, and a checkpointed block whose
         # inputs need none would be skipped in backward together with its adapters.
         model.enable_input_require_grads()

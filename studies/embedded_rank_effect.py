@@ -124,7 +124,7 @@ def specification(rule: Rule, rank: int, alpha: int, rate: float, seed: int) -> 
 
 
 def open_bench() -> tuple[Bench, TokenisedData]:
-    """The embedded model with train and validation rows, and the test rows in validation's place."""
+    """The embedded model with its data, and the same with test rows in validation's place."""
     model_config, device = ModelConfig(name="embedded"), pick_device()
     source = open_base(model_config)
     data_config = DataConfig(name="embedded", max_length=32, validation_rows=200)

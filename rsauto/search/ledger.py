@@ -151,8 +151,8 @@ class Ledger:
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _requeue(self, number: int, spec: TrialSpec) -> None:
-        # Put back first: between the two writes a kill may double the queue entry, which
-        # `begin` notices, but can never lose the trial.
+        # Put back first, so that a kill between the two writes cannot lose the trial; coming here
+        # again for it finds the entry and adds no second one.
         waiting = [s.retry_of for s in self.unfinished_specs()]
         if number not in waiting:
             self._enqueue(replace(spec, retry_of=number))

@@ -104,7 +104,7 @@ class Trial:
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            # The traceback's frames hold the tensors that did not fit; keep its text only.
+            # Its text only: whoever keeps this error need not keep a driver's traceback.
             raise OutOfMemory(str(error).split("\n")[0]) from None
 
     def save(self, folder: Path, card: str) -> int:
