@@ -49,7 +49,9 @@ from rsauto.training.trial import Bench, OutOfMemory, Trial
 KEPT_ADAPTERS = 6
 """Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG}
+_DISK_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ENOENT,
+}  # fmt: skip
 
 Steps = Generator[Event, None, TrialRecord]
 
