@@ -134,12 +134,14 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
 
 def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """What `study --json` ends with; the four trials are whole records, or null."""
+    from rsauto.records import SETTLED_OUTCOMES
+
     chosen = {
         name: getattr(verdict, name) for name in ("best", "recommended", "default", "default_tuned")
     }
     return {
         "out": str(study.folder),
-        "trials": len(study.records),
+        "trials": sum(r.outcome in SETTLED_OUTCOMES for r in study.records),
         **{name: record.to_json() if record else None for name, record in chosen.items()},
         "seconds": round(seconds, 1),
     }
