@@ -305,7 +305,8 @@ class StudyRun:
             model=self.setup.source.name,
             memory_budget_bytes=self.setup.memory_budget_bytes,
             seed=self.config.training.seed,
-            preflight=self.setup.preflight.to_json(),
+            # Without the samples: a report is passed on, and rows of data are not for everyone.
+            preflight={k: v for k, v in self.setup.preflight.to_json().items() if k != "samples"},
         )
         self.folder.write_environment(self.environment)
         baseline = Evaluation(**self.environment["baseline"])
