@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rsauto.config import ModelConfig
 from rsauto.embedded import MODEL_DIR
@@ -37,13 +39,16 @@ class BaseSource:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     fingerprint: str
-    """Changes when the model does: the hub commit, or a hash of configuration and file sizes."""
+    """Changes when the model does: the hub commit, or a hash of configuration and weights."""
 
 
 def pick_device() -> torch.device:
-    """The device accelerate would use: this process's GPU where there is one, else the CPU."""
+    """The device accelerate would use: this process's GPU where there is one, else the CPU.
+
+    Memory is planned and measured for CUDA and CPUs; other accelerators are not used.
+    """
     device: torch.device = PartialState().device
-    return device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def open_base(config: ModelConfig) -> BaseSource:
@@ -71,7 +76,8 @@ def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) 
     """
     location = _location(config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = _quietly(
+            AutoModelForCausalLM.from_pretrained,
             location,
             config=source.config,
             revision=config.revision,
@@ -83,6 +89,18 @@ def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) 
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model.name: {config.name!r} cannot be loaded: {_first(error)}") from None
     return to_device(prepare(model, config.gradient_checkpointing), device)
+
+
+def _quietly(load: Callable[..., PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+    """Loads without transformers' progress bar, which would tear a live display."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: PreTrainedModel = load(*args, **kwargs)
+        return loaded
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -176,6 +194,27 @@ def _fingerprint(location: str, model_config: PretrainedConfig) -> str:
     digest = hashlib.sha256(model_config.to_json_string(use_diff=False).encode())
     for path in sorted(Path(location).glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
+        for block in _sampled_blocks(path):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _sampled_blocks(path: Path) -> Iterator[bytes]:
+    """The first block of a file and 255 more, evenly spread: seconds for any size."""
+    block_bytes, num_blocks = 2**16, 256
+    stride = max(block_bytes, path.stat().st_size // num_blocks)
+    with open(path, "rb") as file:
+        for offset in range(0, path.stat().st_size, stride):
+            file.seek(offset)
+            yield file.read(block_bytes)
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Of a loaded model: a hash of the first 1024 numbers of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        start = tensor.detach().flatten()[:1024].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + start.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsauto.errors import RsautoError
+from rsauto.errors import InputError, RsautoError
+from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
     from rsauto.config import StudyConfig
     from rsauto.report.table import Study
     from rsauto.report.verdict import Verdict
-    from rsauto.search.driver import StopFlag
 
 app = typer.Typer(
     help="Find the LoRA rank, alpha and learning rate to fine-tune with under a memory budget.",
@@ -99,7 +99,10 @@ def report(folder: Folder) -> None:
     with _errors_shown():
         from rsauto.report.page import write_report
 
-        verdict = write_report(folder)
+        try:
+            verdict = write_report(folder)
+        except OSError as error:
+            raise InputError(f"{folder}: the report cannot be written: {error}.") from None
         typer.echo("\n".join(verdict.sentences))
         typer.echo(f"report       {folder / 'report.html'}")
 
@@ -114,14 +117,14 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
 
     console = Console(stderr=as_json, soft_wrap=False)
     console.print("loading libraries ...", style="dim")
-    _quieten_libraries()
-    from rsauto.console import print_verdict, watch
-    from rsauto.report.table import load_study
-    from rsauto.report.verdict import judge
-    from rsauto.search.driver import StopFlag, study_events
-
     stop = StopFlag()
     with _signals_set(stop):
+        _quieten_libraries()
+        from rsauto.console import print_verdict, watch
+        from rsauto.report.table import load_study
+        from rsauto.report.verdict import judge
+        from rsauto.search.driver import study_events
+
         ended = watch(study_events(config, out, storage=storage, stop=stop), config, console)
     assert ended is not None
     found = load_study(out)
@@ -165,6 +168,11 @@ def _errors_shown() -> Iterator[None]:
     except RsautoError as error:
         typer.echo(f"rsauto: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo("rsauto: the output was closed; the same command continues.", err=True)
+        raise typer.Exit(4) from None
     except KeyboardInterrupt:
         typer.echo("rsauto: stopped at once; the same command continues.", err=True)
         raise typer.Exit(4) from None

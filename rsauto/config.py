@@ -199,8 +199,8 @@ def _kind(value: Any) -> str:
     return "range" if isinstance(value, (dict, Part)) else "list"
 
 
-_Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-_Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+_Ints = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1)]
+_Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], Field(min_length=1)]
 _Targets = Literal["all-linear", "attention"] | tuple[str, ...]
 _IntChoice = Annotated[
     Annotated[PowerRange, Tag("range")] | Annotated[_Ints, BeforeValidator(_as_tuple), Tag("list")],

@@ -31,14 +31,14 @@ def status_lines(study: Study) -> list[str]:
     verdict = judge(study.config, study.records, study.environment)
     counts = ", ".join(f"{count} {name}" for name, count in values["outcomes"].items()) or "none"
     lines = [
-        f"study        {study.config.name} in {study.folder}",
-        f"trials       {values['settled']} of {values['trials']} settled ({counts})",
+        f"study         {study.config.name} in {study.folder}",
+        f"trials        {values['settled']} of {values['trials']} settled ({counts})",
     ]
     for name in ("default", "default_tuned", "best", "recommended"):
         standing = verdict.standings.get(name)
         if standing is not None:
             lines.append(
-                f"{name:<13}{objective_text(verdict.objective)} {value_text(standing.objective)}, "
+                f"{name:<14}{objective_text(verdict.objective)} {value_text(standing.objective)}, "
                 f"rank {standing.record.rank} (trial {standing.record.number})"
             )
     return lines + list(verdict.sentences)

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from rsauto import atomic, study_file
-from rsauto.errors import InputError
 from rsauto.report.cells import Grid, rank_grid, tiles, trial_grid
 from rsauto.report.drawing import drawing
 from rsauto.report.figures import panels
@@ -35,20 +34,18 @@ def write_report(folder: Path) -> Verdict:
     """Write report.html, report.md, tradeoff.csv, tradeoff.parquet and figures/ into ``folder``.
 
     Everything is made before anything is written, and each file is replaced in one step. The same
-    records give the same bytes. Raises InputError if the folder cannot be read or written.
+    records give the same bytes. Raises InputError if the folder cannot be read, and OSError if
+    it cannot be written.
     """
     study = load_study(Path(folder))
     verdict = judge(study.config, study.records, study.environment)
     files = report_files(study, verdict)
-    try:
-        for name, data in files.items():
-            (study.folder / name).parent.mkdir(exist_ok=True)
-            atomic.write_bytes(study.folder / name, data)
-        for key in FIGURES:
-            if f"figures/{key}.svg" not in files:
-                (study.folder / f"figures/{key}.svg").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"the report cannot be written to {study.folder}: {error}") from error
+    for name, data in files.items():
+        (study.folder / name).parent.mkdir(exist_ok=True)
+        atomic.write_bytes(study.folder / name, data)
+    for key in FIGURES:
+        if f"figures/{key}.svg" not in files:
+            (study.folder / f"figures/{key}.svg").unlink(missing_ok=True)
     return verdict
 
 

@@ -141,7 +141,8 @@ def _fitting(rows: pd.DataFrame, budget: int | None, objective: str) -> pd.DataF
     limit = least["memory_budget_bytes"] if budget is None else budget
     raise InputError(
         f"no configuration fits the memory budget of {bytes_text(limit)}: the smallest, "
-        f"rank {least['rank']}, needs {bytes_text(int(needs.min()))}"
+        f"rank {least['rank']}, needs {bytes_text(int(needs.min()))} as it was run. "
+        "A study with that memory_budget would run it at a smaller micro-batch"
     )
 
 

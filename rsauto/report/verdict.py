@@ -9,7 +9,7 @@ other: where they win, the verdict says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -45,6 +45,9 @@ class Gain:
     """Of the 95 % interval of the difference; None without repeated seeds."""
     relative: float | None
     """Share of the other's objective; None where that is zero."""
+    num_fresh_seeds: int = 0
+    """Seeds it was measured on that had no part in choosing either; 0 where there are none and
+    the seeds that chose stand in, which favours what was chosen."""
 
     @property
     def is_certain(self) -> bool:
@@ -147,7 +150,7 @@ def judge(
         best=stands_for.get("best"),
         recommended=stands_for.get("recommended"),
         standings=standings,
-        gain=_headline(standings, noise, asked.minimize),
+        gain=_headline(standings, rows, runs, asked, noise),
         too_large=_too_large(trials, asked.budget),
     )
 
@@ -164,12 +167,38 @@ def gain_over(new: Standing, old: Standing, noise: Noise | None, *, minimize: bo
 
 
 def _headline(
-    standings: Mapping[str, Standing], noise: Noise | None, minimize: bool
+    standings: Mapping[str, Standing],
+    rows: pd.DataFrame,
+    runs: pd.DataFrame,
+    asked: _Question,
+    noise: Noise | None,
 ) -> Gain | None:
+    """The gain of recommended over default_tuned, on seeds that chose neither where both have some.
+
+    Both were picked as the best of many by their result on the search's own seed, which is
+    therefore better than they are.
+    """
     new, old = standings.get("recommended"), standings.get("default_tuned")
     if new is None or old is None or new.record.number == old.record.number:
         return None
-    return gain_over(new, old, noise, minimize=minimize)
+    fresh_new, fresh_old = (_on_fresh_seeds(s, rows, runs, asked.objective) for s in (new, old))
+    if fresh_new is None or fresh_old is None:
+        return gain_over(new, old, noise, minimize=asked.minimize)
+    gain = gain_over(fresh_new, fresh_old, noise, minimize=asked.minimize)
+    return replace(gain, num_fresh_seeds=min(fresh_new.num_seeds, fresh_old.num_seeds))
+
+
+def _on_fresh_seeds(
+    standing: Standing, rows: pd.DataFrame, runs: pd.DataFrame, objective: str
+) -> Standing | None:
+    """The same configuration by its repeated seeds alone, None where it has none."""
+    own = rows.loc[rows["number"] == standing.record.number, "numbers"].iloc[0]
+    is_member = runs["number"].isin([int(number) for number in str(own).split(",")])
+    repeats = runs[is_member & (runs["role"] == "seed")]
+    if repeats.empty:
+        return None
+    mean = float(repeats.groupby("seed")[objective].mean().mean())
+    return replace(standing, objective=mean, num_seeds=int(repeats["seed"].nunique()))
 
 
 def _standings(

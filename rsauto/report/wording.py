@@ -99,19 +99,28 @@ def _gain(verdict: Verdict, chosen: Standing) -> str:
     if gain.half_width is not None and not gain.is_certain:
         return (
             f"It cannot be told apart from {rival}: the difference, "
-            f"{difference_text(gain.difference, gain.half_width)}, may be zero."
+            f"{difference_text(gain.difference, gain.half_width)}{_fresh(gain)}, may be zero."
         )
     if gain.difference < 0:
-        return f"It is worse than {rival} by {amount}{_saves(chosen, tuned)}.{_caution(gain)}"
+        worse = f"It is worse than {rival} by {amount}{_fresh(gain)}"
+        return f"{worse}{_saves(chosen, tuned)}.{_caution(gain)}"
     if gain.difference == 0:
         return f"It is as good as {rival}{_saves(chosen, tuned)}.{_caution(gain)}"
-    return f"It beats {rival} by {amount}.{_caution(gain)}"
+    return f"It beats {rival} by {amount}{_fresh(gain)}.{_caution(gain)}"
+
+
+def _fresh(gain: Gain) -> str:
+    if not gain.num_fresh_seeds:
+        return ""
+    seeds = "seed" if gain.num_fresh_seeds == 1 else f"{gain.num_fresh_seeds} seeds"
+    return f" on the {seeds} that chose neither"
 
 
 def _default_text(tuned: Standing) -> str:
     record = tuned.record
+    name = "the default as it is" if record.role == "default" else "the tuned default"
     return (
-        f"the tuned default ({method_text(record.method)}, rank {record.rank}, "
+        f"{name} ({method_text(record.method)}, rank {record.rank}, "
         f"learning rate {rate_text(record.learning_rate)}; {value_text(tuned.objective)})"
     )
 

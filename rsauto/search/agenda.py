@@ -40,7 +40,7 @@ def reference_trial(space: Space, settled: Settled, objective: Objective) -> Tri
     if default.outcome == "infeasible":
         return None
     search = space.config.search
-    limit = min(MAX_TUNING_TRIALS, search.trials // 4)
+    limit = num_tuning(search)
     tried = {
         spec.learning_rate: objective(record)
         for spec, record in settled
@@ -48,11 +48,18 @@ def reference_trial(space: Space, settled: Settled, objective: Objective) -> Tri
     }
     if len(tried) >= limit:
         return None
-    if isinstance(search.learning_rate, RateRange):
-        rate = next_rate(tried, search.learning_rate.low, search.learning_rate.high)
-    else:
-        rate = next((r for r in _middle_first(search.learning_rate) if r not in tried), None)
+    chosen = search.learning_rate
+    # A list is meant for the adapters that are searched; the default has its own best rate.
+    band = (
+        (chosen.low, chosen.high) if isinstance(chosen, RateRange) else (min(chosen), max(chosen))
+    )
+    rate = next_rate(tried, *band)
     return None if rate is None else space.default_tuned(rate)
+
+
+def num_tuning(search: SearchConfig) -> int:
+    """Trials for the default's own learning rate: a quarter of a study, one in a tiny one."""
+    return min(MAX_TUNING_TRIALS, max(search.trials // 4, 1 if search.trials > 2 else 0))
 
 
 def next_rate(tried: dict[float, float | None], low: float, high: float) -> float | None:
@@ -97,8 +104,7 @@ def extra_seeds(search: SearchConfig) -> int:
 
 
 def _num_searched(search: SearchConfig) -> int:
-    tuned = min(MAX_TUNING_TRIALS, search.trials // 4)
-    return search.trials - 1 - tuned - num_reserved(search)
+    return search.trials - 1 - num_tuning(search) - num_reserved(search)
 
 
 def seed_trials(
@@ -158,10 +164,3 @@ def _or_infinity(value: float | None) -> float:
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.4g}")
-
-
-def _middle_first(rates: Sequence[float]) -> list[float]:
-    """The middle of a list of rates, then outwards."""
-    ordered = sorted(rates)
-    middle = (len(ordered) - 1) / 2
-    return sorted(ordered, key=lambda rate: abs(ordered.index(rate) - middle))

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from rsauto.config import StudyConfig
 from rsauto.environment import describe_environment
-from rsauto.errors import AllTrialsFailedError, InputError, StudyInterrupted
+from rsauto.errors import AllTrialsFailedError, StudyInterrupted
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
 from rsauto.search.agenda import (
@@ -36,12 +36,14 @@ from rsauto.search.events import (
     TrialStep,
 )
 from rsauto.search.folder import StudyFolder
+from rsauto.search.identity import claim, require_nothing_lost
 from rsauto.search.ledger import Ledger, open_storage
 from rsauto.search.objective import Objective, constraints
 from rsauto.search.publish import publish
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.setup import Objects, Setup, probes, set_up
 from rsauto.search.write_up import infeasible_record, trial_card, trial_record
+from rsauto.stop import StopFlag
 from rsauto.training.evaluate import Evaluation, evaluate
 from rsauto.training.loop import Diverged
 from rsauto.training.trial import Bench, OutOfMemory, Trial
@@ -54,13 +56,6 @@ _DISK_ERRNOS = {
 }  # fmt: skip
 
 Steps = Generator[Event, None, TrialRecord]
-
-
-@dataclass
-class StopFlag:
-    """Set from outside, by a signal handler for instance, to end a study cleanly."""
-
-    requested: bool = False
 
 
 def study_events(
@@ -79,12 +74,16 @@ def study_events(
     begin = time.monotonic()
     folder = StudyFolder(out)
     folder.check(config)
+    stop = stop or StopFlag()
     yield Stage("reading model and data")
     setup = set_up(config, objects)
     yield Planned(setup)
+    if storage is not None:
+        open_storage(storage, folder.journal_file)  # a wrong URL is told before a folder is made
+    if stop.requested:
+        raise StudyInterrupted("Stopped before anything was started; the same command begins.")
     with folder.locked(), _disk_errors(folder):
-        run = StudyRun(setup, folder, storage, stop or StopFlag(), begin)
-        yield from run.events()
+        yield from StudyRun(setup, folder, storage, stop, begin).events()
 
 
 class StudyRun:
@@ -104,14 +103,20 @@ class StudyRun:
         self.stop = stop
         self.begin = begin
         self.environment = folder.read_environment()
-        self._check_same_inputs()
+        self.num_failures = 0
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
+        require_nothing_lost(folder, self.ledger)
+        fingerprints = {"model": setup.source.fingerprint, "data": setup.data.fingerprint}
+        claim(self.ledger, self.config, fingerprints, folder.path)
+        self.environment["fingerprints"] = fingerprints
         self.folder.write_config(self.config)
-        self.num_orphans = self.ledger.recover_orphans()
+        # Nobody else can be at a journal: this process holds its folder.
+        self.num_orphans = self.ledger.recover_orphans(is_alone=storage is None)
 
     def events(self) -> Iterator[Event]:
         """Everything from loading the model to the published adapters."""
         yield Stage("loading the model")
+        self._stop_if_asked()
         bench = Bench(
             model=self.setup.load_model(),
             base_name=self.setup.source.name,
@@ -119,12 +124,15 @@ class StudyRun:
             device=self.setup.device,
         )
         self._describe(bench)
+        self._record_ranks_that_do_not_fit()
+        yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
         # What is alive now stays alive: collections after each trial then look at little else.
         gc.collect()
         gc.freeze()
-        self._record_ranks_that_do_not_fit()
-        yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
-        reason = yield from self._run_trials(bench)
+        try:
+            reason = yield from self._run_trials(bench)
+        finally:
+            gc.unfreeze()
         yield Stage("writing the report")
         publish(
             self.folder,
@@ -149,6 +157,7 @@ class StudyRun:
             if begun is None:
                 return "every point of the search space has been tried"
             record = yield from self._run_trial(bench, *begun)
+            self.num_failures = self.num_failures + 1 if record.outcome == "failed" else 0
             yield TrialSettled(record, num_settled(self.ledger.settled()))
 
     def _next_spec(self) -> TrialSpec | None:
@@ -265,27 +274,17 @@ class StudyRun:
         spec = next(s for s, r in self.ledger.settled() if r.number == record.number)
         spec = replace(spec, micro_batch_size=record.micro_batch_size)
         with Trial(bench, spec) as run:
-            for _ in run.steps():
-                self._stop_if_asked()
+            try:
+                for _ in run.steps():
+                    self._stop_if_asked()
+            except (OutOfMemory, Diverged) as error:
+                raise StudyInterrupted(
+                    f"The adapter of trial {record.number} is no longer there, and training it "
+                    f"again failed: {error}. The records are complete; try the same command again."
+                ) from None
             self._save(run, record)
 
     # ---------------------------------------------------------------- before and around them
-
-    def _check_same_inputs(self) -> None:
-        """Refuses to continue when model or data are no longer what the trials were run on."""
-        now = {
-            "model": self.setup.source.fingerprint,
-            "data": self.setup.data.fingerprint,
-        }
-        before = self.environment.get("fingerprints", now)
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            raise InputError(
-                f"--out {self.folder.path}: the {' and the '.join(changed)} changed since this "
-                "study was begun, so its trials cannot be compared with new ones. "
-                "Choose another --out, or put the old files back."
-            )
-        self.environment["fingerprints"] = now
 
     def _describe(self, bench: Bench) -> None:
         """Measures the untouched model once, and writes environment.json."""
@@ -331,13 +330,13 @@ class StudyRun:
             )
 
     def _stop_if_failing(self) -> None:
+        """Failures of earlier runs do not count: what caused them may have been mended."""
         limit = self.config.search.max_failures
-        settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
-        recent = settled[-limit:]
-        if len(recent) < limit or any(r.outcome != "failed" for r in recent):
+        if self.num_failures < limit:
             return
+        settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
         self._write_unfinished_report()
-        message = f"{limit} trials in a row failed, the last with: {recent[-1].error}."
+        message = f"{limit} trials in a row failed, the last with: {settled[-1].error}."
         if all(r.outcome == "failed" for r in settled):
             raise AllTrialsFailedError(f"{message} No trial gave a result.")
         raise StudyInterrupted(f"{message} The same command continues after it is mended.")

@@ -35,7 +35,7 @@ class StudyFolder:
             raise InputError(f"--out {self.path}: is a file, not a folder. Choose another --out.")
         if self.config_file.exists():
             self._check_same_study(config)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
             raise InputError(
                 f"--out {self.path}: the folder is not empty and holds no study. "
                 "Choose another --out, or empty it."
@@ -50,7 +50,7 @@ class StudyFolder:
             listed = "\n".join(f"  {line}" for line in changed)
             raise InputError(
                 f"--out {self.path}: holds a study with other settings:\n{listed}\n"
-                "Trials, seeds, ranks and time limits may change; for anything else "
+                "search.trials, seeds, rank and time limits may change; for anything else "
                 "choose another --out or put the settings back."
             )
 
@@ -88,7 +88,7 @@ class StudyFolder:
     def read_environment(self) -> dict[str, Any]:
         """What an earlier run wrote, or nothing."""
         try:
-            found: dict[str, Any] = json.loads(self.environment_file.read_text(encoding="utf-8"))
+            found = json.loads(self.environment_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -96,6 +96,11 @@ class StudyFolder:
                 f"{self.environment_file}: cannot be read ({error}). Remove the file; it is "
                 "written anew when the study continues."
             ) from None
+        if not isinstance(found, dict):
+            raise InputError(
+                f"{self.environment_file}: is not what a study wrote. Remove the file; it is "
+                "written anew when the study continues."
+            )
         return found
 
     def write_records(self, records: Iterable[TrialRecord]) -> None:

@@ -6,6 +6,7 @@ rebuilt from here, so a kill at any moment loses at most the trial that was runn
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -125,17 +126,18 @@ class Ledger:
         """Gives up a running trial without a result and puts it back to be run again."""
         self._requeue(trial.number, spec)
 
-    def recover_orphans(self) -> int:
+    def recover_orphans(self, *, is_alone: bool = False) -> int:
         """Puts trials of processes that no longer live back to be run again; how many there were.
 
         An orphan is failed, not retried in place: a retried trial would inherit what the dead
         process had already reported. One whose record was already written is finished instead.
         Called before this process starts a trial, so one of its own is left from an earlier call.
+        ``is_alone`` says that no other process can be at this study, on whatever host it was.
         """
         orphans = [
             trial
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not worker_lives(trial.user_attrs.get("worker"))
+            if is_alone or not worker_lives(trial.user_attrs.get("worker"))
         ]
         for trial in orphans:
             self._recover(trial)
@@ -166,14 +168,34 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
     try:
         if url is None:
+            drop_torn_line(journal)
             return JournalStorage(JournalFileBackend(str(journal)))
         return optuna.storages.get_storage(url)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{journal}: the journal is damaged ({error}). Bring back a copy of it, or choose "
+            "another --out to begin anew; trials.jsonl still holds the records."
+        ) from None
     except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"--storage {url or journal}: the study storage cannot be opened: {reason}. "
             "Give a database URL such as postgresql://user@host/name or sqlite:///file.db."
         ) from None
+
+
+def drop_torn_line(journal: Path) -> None:
+    """Cuts off a last line that was not written to its end.
+
+    A full disk or a power cut can leave half an entry. Optuna leaves it unread, but would write the
+    next one right behind it, and neither could be read again.
+    """
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with open(journal, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def build_pruner(search: SearchConfig) -> BasePruner:

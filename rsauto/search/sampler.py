@@ -33,10 +33,24 @@ class Attempt:
 
 
 def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> TrialSpec | None:
-    """The next search trial, or None when every point has been tried."""
+    """The next search trial, or None when every point has been tried.
+
+    Rank and layers decide the memory, so what was refused once with them is not proposed again.
+    """
     tried = {attempt.spec.configuration() for attempt in attempts}
+    refused = {
+        (a.spec.rank, a.spec.target_modules)
+        for a in attempts
+        if a.record is not None and a.record.outcome == "infeasible"
+    }
+
+    def is_new(spec: TrialSpec) -> bool:
+        return spec.configuration() not in tried and (
+            (spec.rank, spec.target_modules) not in refused
+        )
+
     if config.search.sampler == "grid":
-        return next((s for s in space.grid() if s.configuration() not in tried), None)
+        return next(filter(is_new, space.grid()), None)
     distributions = space.distributions()
     known = [t for a in attempts if (t := _as_trial(space, a)) is not None]
     for redraw in range(MAX_REDRAWS):
@@ -46,9 +60,9 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
         )
         study.add_trials(known)
         spec = space.spec(study.ask(fixed_distributions=distributions).params)
-        if spec.configuration() not in tried:
+        if is_new(spec):
             return spec
-    untried = [spec for spec in space.points() if spec.configuration() not in tried]
+    untried = list(filter(is_new, space.points()))
     chance = random.Random(_seed(config.training.seed, len(attempts), MAX_REDRAWS))
     return chance.choice(untried) if untried else None
 

@@ -11,7 +11,15 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rsauto.base import BaseSource, load_weights, open_base, pick_device, prepare, to_device
+from rsauto.base import (
+    BaseSource,
+    load_weights,
+    open_base,
+    pick_device,
+    prepare,
+    to_device,
+    weights_fingerprint,
+)
 from rsauto.config import StudyConfig
 from rsauto.data import (
     Preflight,
@@ -96,10 +104,11 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
     device = pick_device()
     source = _source(config, objects)
     data, checks = _read_data(config, objects, source)
+    _require_positions(source, data)
     planner = MemoryPlanner(
         model_config=source.config,
         dtype=source.dtype,
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation=_attention(config, objects),
         gradient_checkpointing=config.model.gradient_checkpointing,
         train_length=data.train_length,
         eval_length=data.validation_length,
@@ -116,7 +125,7 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
         memory_budget_bytes=memory_budget_bytes(config, device),
         space=Space(config, config.search.ranks, _steps(config, data), config.data.max_length),
     )
-    return replace(setup, space=replace(setup.space, ranks=feasible_ranks(setup)))
+    return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
 
 
 def memory_budget_bytes(config: StudyConfig, device: torch.device) -> int:
@@ -133,7 +142,7 @@ def feasible_ranks(setup: Setup) -> tuple[int, ...]:
     fitting = tuple(
         rank
         for rank in setup.space.ranks
-        if any(setup.predict(spec) is not None for spec in probes(setup, rank))
+        if any([setup.predict(spec) is not None for spec in probes(setup, rank)])
     )
     if not fitting:
         smallest = min(
@@ -156,6 +165,36 @@ def probes(setup: Setup, rank: int) -> list[TrialSpec]:
     return [replace(middle, target_modules=t) for t in setup.config.target_choices()]
 
 
+def _feasible_ranks(setup: Setup) -> tuple[int, ...]:
+    """`feasible_ranks`, its errors told in the words of the setting they come from."""
+    try:
+        return feasible_ranks(setup)
+    except InputError as error:
+        if setup.config.search.target_modules is None:
+            raise
+        raise InputError(
+            [p.replace("model.target_modules", "search.target_modules") for p in error.problems]
+        ) from None
+
+
+def _attention(config: StudyConfig, objects: Objects) -> str:
+    """How attention is computed: a loaded model has made its choice already."""
+    if objects.model is None:
+        return config.model.attn_implementation
+    return str(objects.model.config._attn_implementation)
+
+
+def _require_positions(source: BaseSource, data: TokenisedData) -> None:
+    """Raises InputError when rows are longer than the model has positions for."""
+    limit = getattr(source.config, "max_position_embeddings", None)
+    longest = max(data.train_length, data.validation_length)
+    if isinstance(limit, int) and longest > limit:
+        raise InputError(
+            f"data.max_length: rows have up to {longest} tokens, but {source.name!r} has "
+            f"positions for {limit}. Set data.max_length to at most {limit}."
+        )
+
+
 def _source(config: StudyConfig, objects: Objects) -> BaseSource:
     if objects.model is None:
         return open_base(config.model)
@@ -166,7 +205,7 @@ def _source(config: StudyConfig, objects: Objects) -> BaseSource:
         config=objects.model.config,
         tokenizer=objects.tokenizer,
         dtype=objects.model.dtype,
-        fingerprint=f"in-memory, {objects.model.num_parameters()} parameters",
+        fingerprint=weights_fingerprint(objects.model),
     )
 
 
