@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from test_report_records import record, study_records, with_loss, write_study
+from typer.testing import CliRunner
 
-from rsauto.errors import InputError
+from rsauto.cli import app
 from rsauto.report.page import FIGURES, csv_bytes, write_report
 from rsauto.report.table import table
 from rsauto.report.units import (
@@ -146,8 +147,11 @@ def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
 def test_an_unwritable_folder_is_the_users_to_read(tmp_path: Path) -> None:
     write_study(tmp_path, [])
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(IsADirectoryError):
         write_report(tmp_path)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "the report cannot be written" in result.stderr
 
 
 def test_reports_need_neither_torch_nor_optuna(tmp_path: Path) -> None:

@@ -55,14 +55,25 @@ def test_a_whole_study() -> None:
     assert verdict.baseline == 2.311 and verdict.memory_budget_bytes == BUDGET
     assert verdict.noise is not None and verdict.noise.degrees_of_freedom == 8
     assert verdict.gain is not None and verdict.gain.is_certain
-    means = [verdict.standings[name].objective for name in ("default_tuned", "recommended")]
-    assert verdict.gain.difference == pytest.approx(means[0] - means[1])
-    assert verdict.gain.half_width == pytest.approx(verdict.noise.half_width(3, 3))
+    # Seed 0 chose both, so the gain is that of seeds 1 and 2.
+    tuned, taken = (
+        {
+            r.seed: r.eval_loss
+            for r in found
+            if r.role == "seed" and r.seed and (r.rank, r.alpha, r.learning_rate) == chosen
+        }
+        for chosen in ((8, 8, 2e-3), (64, 16, 1.6e-3))
+    )
+    assert sorted(tuned) == sorted(taken) == [1, 2]
+    assert verdict.gain.num_fresh_seeds == 2
+    expected = sum(tuned.values()) / 2 - sum(taken.values()) / 2
+    assert verdict.gain.difference == pytest.approx(expected)
+    assert verdict.gain.half_width == pytest.approx(verdict.noise.half_width(2, 2))
     assert verdict.sentences == (
         "Take rank 64 (alpha 16, learning rate 1.6e-3, rsLoRA): its eval loss 1.227 (mean of 3 "
         "seeds) is within 1 % of the best (rank 128, 1.224) and it needs 21.4 MiB, 7.87 MiB less.",
-        "It beats the tuned default (LoRA, rank 8, learning rate 2e-3; 1.353) by 0.1255 ± 0.0072 "
-        "(9.3 %).",
+        "It beats the tuned default (LoRA, rank 8, learning rate 2e-3; 1.353) by 0.1252 ± 0.0088 "
+        "(9.3 %) on the 2 seeds that chose neither.",
         "Rank 256 does not fit the memory budget of 32.0 MiB: it needs 45.0 MiB.",
     )
 

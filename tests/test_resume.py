@@ -38,13 +38,15 @@ def undisturbed(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def start(study_file: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
+def start(
+    study_file: Path, out: Path, step_seconds: float = 0.15, **options: Any
+) -> subprocess.Popen[str]:
     """The command line running, its trials stretched so that it can be hit in the middle of one."""
     code = (
         "import time, rsauto.training.loop as loop\n"
         "real = loop.accumulate_gradients\n"
         "def slow(*a):\n"
-        "    time.sleep(0.15)\n"
+        f"    time.sleep({step_seconds})\n"
         "    return real(*a)\n"
         "loop.accumulate_gradients = slow\n"
         "from rsauto.cli import app\n"
@@ -124,7 +126,7 @@ def test_interrupted_it_ends_cleanly_and_continues(
 
 def test_a_second_process_on_the_same_folder_says_so(study_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(study_file, out)
+    process = start(study_file, out, step_seconds=5.0)
     try:
         wait_for(lambda: len(records(out)) >= 1, process)
         second = rsauto("study", study_file, "--out", out)

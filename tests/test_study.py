@@ -318,7 +318,7 @@ def test_grid_and_random_and_halving_run(tmp_path: Path) -> None:
     study = rsauto.run_study(grid, out=tmp_path / "grid")
     searched = study.trials[study.trials["role"] == "search"]
     assert len(searched) == 4, "a grid is exhausted, not repeated"
-    halving = study_values(tmp_path, sampler="random", pruner="halving", trials=12)
+    halving = study_values(tmp_path, sampler="random", pruner="halving", trials=20, rank=[4])
     study = rsauto.run_study(halving, out=tmp_path / "halving")
     assert "pruned" in set(study.trials["outcome"])
 

@@ -94,7 +94,9 @@ def _refuse_contradictions(config: DataConfig) -> None:
     problems = []
     if config.validation_file is not None:
         validation = Path(config.validation_file).expanduser()
-        if extension(validation) and (is_test(stem(validation)) or is_test(validation.parent.name)):
+        if extension(validation) and (
+            is_test(stem(validation)) or validation.parent.name.lower() in _TEST_WORDS
+        ):
             problems.append(_test_refused("data.validation_file", config.validation_file))
         if validation.resolve() == Path(config.name).expanduser().resolve():
             problems.append(f"data.validation_file: {config.validation_file!r} is data.name too.")

@@ -112,6 +112,8 @@ class _Question:
     budget: int | None
     within: float
     seeds: int
+    first_seed: int
+    """On which the search ran."""
 
 
 def judge(
@@ -127,6 +129,7 @@ def judge(
         budget=_memory_budget(config, records, environment),
         within=config.search.within,
         seeds=config.search.seeds,
+        first_seed=config.training.seed,
     )
     trials = _with_objective(table(records), asked.objective)
     rows = configurations(runs := full_runs(trials, asked.objective))
@@ -181,7 +184,7 @@ def _headline(
     new, old = standings.get("recommended"), standings.get("default_tuned")
     if new is None or old is None or new.record.number == old.record.number:
         return None
-    fresh_new, fresh_old = (_on_fresh_seeds(s, rows, runs, asked.objective) for s in (new, old))
+    fresh_new, fresh_old = (_on_fresh_seeds(s, rows, runs, asked) for s in (new, old))
     if fresh_new is None or fresh_old is None:
         return gain_over(new, old, noise, minimize=asked.minimize)
     gain = gain_over(fresh_new, fresh_old, noise, minimize=asked.minimize)
@@ -189,15 +192,15 @@ def _headline(
 
 
 def _on_fresh_seeds(
-    standing: Standing, rows: pd.DataFrame, runs: pd.DataFrame, objective: str
+    standing: Standing, rows: pd.DataFrame, runs: pd.DataFrame, asked: _Question
 ) -> Standing | None:
-    """The same configuration by its repeated seeds alone, None where it has none."""
+    """The same configuration by all seeds but the search's, None where it has no other."""
     own = rows.loc[rows["number"] == standing.record.number, "numbers"].iloc[0]
     is_member = runs["number"].isin([int(number) for number in str(own).split(",")])
-    repeats = runs[is_member & (runs["role"] == "seed")]
+    repeats = runs[is_member & (runs["seed"] != asked.first_seed)]
     if repeats.empty:
         return None
-    mean = float(repeats.groupby("seed")[objective].mean().mean())
+    mean = float(repeats.groupby("seed")[asked.objective].mean().mean())
     return replace(standing, objective=mean, num_seeds=int(repeats["seed"].nunique()))
 
 

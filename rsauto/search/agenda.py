@@ -155,7 +155,7 @@ def finalists(
 
 
 def _cost(record: TrialRecord) -> float:
-    return float(record.smallest_budget_bytes or math.inf)
+    return float(record.smallest_budget_bytes or record.predicted_peak_bytes or math.inf)
 
 
 def _or_infinity(value: float | None) -> float:

@@ -105,13 +105,13 @@ class StudyRun:
         self.environment = folder.read_environment()
         self.num_failures = 0
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
-        require_nothing_lost(folder, self.ledger)
         fingerprints = {"model": setup.source.fingerprint, "data": setup.data.fingerprint}
         claim(self.ledger, self.config, fingerprints, folder.path)
         self.environment["fingerprints"] = fingerprints
-        self.folder.write_config(self.config)
         # Nobody else can be at a journal: this process holds its folder.
         self.num_orphans = self.ledger.recover_orphans(is_alone=storage is None)
+        require_nothing_lost(folder, self.ledger)
+        self.folder.write_config(self.config)
 
     def events(self) -> Iterator[Event]:
         """Everything from loading the model to the published adapters."""

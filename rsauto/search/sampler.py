@@ -19,7 +19,7 @@ from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search.ledger import DIVERGENCE, MEMORY
 from rsauto.search.space import Space
 
-MAX_REDRAWS = 16
+NUM_DRAWS = 16
 """Draws of an already tried point before any untried one will do."""
 
 
@@ -51,20 +51,29 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
 
     if config.search.sampler == "grid":
         return next(filter(is_new, space.grid()), None)
-    distributions = space.distributions()
     known = [t for a in attempts if (t := _as_trial(space, a)) is not None]
-    for redraw in range(MAX_REDRAWS):
-        sampler = _sampler(config, seed=_seed(config.training.seed, len(attempts), redraw))
-        study = optuna.create_study(
-            direction="minimize" if config.search.minimize else "maximize", sampler=sampler
-        )
-        study.add_trials(known)
-        spec = space.spec(study.ask(fixed_distributions=distributions).params)
-        if is_new(spec):
-            return spec
+    seeds = [_seed(config.training.seed, len(attempts), k) for k in range(NUM_DRAWS)]
+    draws = (_draw(space, known, config, _sampler(config, seed)) for seed in seeds)
+    found = next(filter(is_new, draws), None)
+    if found is not None:
+        return found
+    # The sampler insists on what was tried or refused: any other point will do, by chance.
     untried = list(filter(is_new, space.points()))
-    chance = random.Random(_seed(config.training.seed, len(attempts), MAX_REDRAWS))
-    return chance.choice(untried) if untried else None
+    if untried:
+        return random.Random(seeds[0]).choice(untried)
+    draws = (_draw(space, [], config, RandomSampler(seed=seed)) for seed in seeds)
+    return next(filter(is_new, draws), None)
+
+
+def _draw(
+    space: Space, known: Sequence[FrozenTrial], config: StudyConfig, sampler: BaseSampler
+) -> TrialSpec:
+    """What ``sampler`` chooses after the known trials."""
+    study = optuna.create_study(
+        direction="minimize" if config.search.minimize else "maximize", sampler=sampler
+    )
+    study.add_trials(known)
+    return space.spec(study.ask(fixed_distributions=space.distributions()).params)
 
 
 def _sampler(config: StudyConfig, seed: int) -> BaseSampler:

@@ -1,0 +1,110 @@
+"""What a continued study refuses, and what it forgives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_study import records, rows, study_values
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rsauto
+from rsauto.errors import AllTrialsFailedError, InputError
+from rsauto.search.setup import Objects, set_up
+from rsauto.study_file import validate
+
+
+def run(folder: Path, trials: int, **options: Any) -> None:
+    """One rank and no pruning: quick."""
+    rsauto.run_study(values_of(folder, trials), out=folder / "out", **options)
+
+
+def values_of(folder: Path, trials: int, **search: Any) -> dict[str, Any]:
+    return study_values(folder, trials=trials, rank=[2], pruner="none", **search)
+
+
+def test_a_torn_journal_costs_one_entry_not_the_study(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    journal = tmp_path / "out" / "journal.log"
+    journal.write_bytes(journal.read_bytes()[:-25])
+    run(tmp_path, 4)
+    run(tmp_path, 5)
+    assert len([r for r in records(tmp_path / "out") if r["outcome"] != "infeasible"]) == 5
+
+
+def test_a_lost_journal_is_told_before_records_are_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    before = (tmp_path / "out" / "trials.jsonl").read_bytes()
+    (tmp_path / "out" / "journal.log").unlink()
+    with pytest.raises(InputError, match="storage lacks"):
+        run(tmp_path, 2)
+    assert (tmp_path / "out" / "trials.jsonl").read_bytes() == before
+
+
+def test_another_study_of_that_name_in_the_storage_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/studies.db"
+    values = values_of(tmp_path, 2)
+    rsauto.run_study(values, out=tmp_path / "one", storage=url)
+    other = {**values, "training": {**values["training"], "optimizer": "sgd"}}
+    with pytest.raises(InputError, match=r"training\.optimizer: was 'adamw', is 'sgd'"):
+        rsauto.run_study(other, out=tmp_path / "two", storage=url)
+    study = rsauto.run_study(values_of(tmp_path, 3), out=tmp_path / "one", storage=url)
+    assert len(study.records) == 3
+
+
+def test_other_weights_of_the_same_size_are_noticed(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    weights = tmp_path / "model" / "model.safetensors"
+    changed = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    config = {**values_of(tmp_path / "other", 2), "model": {"name": str(tmp_path / "model")}}
+    config["data"] = {"name": str(tmp_path / "data"), "max_length": 32}
+    (tmp_path / "out" / "environment.json").unlink()
+    with pytest.raises(InputError, match="model changed since"):
+        rsauto.run_study(config, out=tmp_path / "out")
+
+
+def test_failures_that_were_mended_do_not_end_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rsauto.training import loop
+
+    with monkeypatch.context() as broken, pytest.raises(AllTrialsFailedError):
+        broken.setattr(loop, "accumulate_gradients", lambda *_: 1 / 0)
+        run(tmp_path, 6)
+    run(tmp_path, 6)
+    assert "complete" in {r["outcome"] for r in records(tmp_path / "out")}
+
+
+def test_every_choice_of_layers_is_checked_before_the_start(tmp_path: Path) -> None:
+    values = values_of(tmp_path, 2, target_modules=[["q_proj"], ["q_prj"]])
+    with pytest.raises(InputError, match=r"search.target_modules: .*'q_prj'.* 'q_proj'"):
+        rsauto.run_study(values, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_beyond_the_positions_of_the_model_are_refused(tmp_path: Path) -> None:
+    values = values_of(tmp_path, 2)
+    long_rows = [{"prompt": "x", "completion": f" {n} down" * 30} for n in range(40)]
+    with pytest.raises(InputError, match=r"data.max_length: .* positions for 64"):
+        rsauto.run_study(
+            {**values, "data": {"max_length": 256}}, out=tmp_path / "out", train=long_rows
+        )
+
+
+def test_a_loaded_model_is_planned_with_its_own_attention(tmp_path: Path) -> None:
+    values = values_of(tmp_path, 2)
+    del values["model"]
+    values["data"] = {"max_length": 32}
+    peaks = []
+    for attention in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", attn_implementation=attention, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+        setup = set_up(validate(values), Objects(model, tokenizer, rows(64), rows(12, 100)))
+        peaks.append(setup.smallest_prediction(setup.space.middle(2)).peak_bytes)
+    assert peaks[0] != peaks[1]
