@@ -65,6 +65,7 @@ class Display:
         self.config = config
         self.console = console
         self.best: TrialRecord | None = None
+        self.budget_bytes: int | None = None
         self.begin = time.monotonic()
         self.num_at_start = 0
         self.memory = Text()
@@ -107,6 +108,7 @@ class Display:
                 pass
 
     def _planned(self, setup: Setup) -> None:
+        self.budget_bytes = setup.memory_budget_bytes
         for line in preflight_lines(setup.preflight):
             self.console.print(line, markup=False, highlight=False)
         self.console.print(plan_table(setup))
@@ -132,7 +134,7 @@ class Display:
             f"trial {event.number}: {method_text(spec.method)} rank {spec.rank}, "
             f"alpha {spec.alpha}, learning rate {rate_text(spec.learning_rate)}, "
             f"micro-batch {spec.micro_batch_size}; predicted peak "
-            f"{bytes_text(event.prediction.peak_bytes)}"
+            f"{bytes_text(event.prediction.peak_bytes)} of {bytes_text(self.budget_bytes)}"
         )
 
     def _stepped(self, event: TrialStep) -> None:
