@@ -134,7 +134,9 @@ def test_a_study_of_refused_trials_gives_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_study_in_progress_gives_a_report(tmp_path: Path, count: int) -> None:
-    write_report(write_study(tmp_path, study_records()[:count]))
+    verdict = write_report(write_study(tmp_path, study_records()[:count]))
+    assert verdict.num_trials == count
+    assert (tmp_path / "report.html").stat().st_size > 0
 
 
 def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
