@@ -47,7 +47,8 @@ def test_import_loads_no_heavy_library() -> None:
         "import sys, rsauto.embedded as e; e.load_split('train'); e.verify(); "
         "assert not {'torch', 'transformers', 'peft', 'optuna'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_model_predicts_text_it_was_not_trained_on() -> None:

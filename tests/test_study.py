@@ -75,13 +75,6 @@ def test_defaults_and_repeated_seeds_are_always_measured(finished: dict[str, Any
     assert roles["seed"] >= 2
 
 
-def test_every_rank_that_fits_has_a_result(finished: dict[str, Any]) -> None:
-    complete = {
-        r["rank"] for r in records(finished["out"]) if r["outcome"] == "complete" and r["rank"] != 8
-    }
-    assert complete >= {2}
-
-
 def test_ranks_over_the_budget_are_recorded_and_never_started(finished: dict[str, Any]) -> None:
     for record in records(finished["out"]):
         over = record["predicted_peak_bytes"] > 2 * 2**20
@@ -130,9 +123,9 @@ def test_adapters_give_the_recorded_loss_in_stock_peft(finished: dict[str, Any],
             loss_sum += float(model(input_ids=ids, labels=labels).loss) * len(completion)
         count += len(completion)
     assert loss_sum / count == pytest.approx(record["eval_loss"], abs=1e-5)
-    effect = (logits(model, finished["folder"] / "model") - logits(base.base_model_prefix and
-              AutoModelForCausalLM.from_pretrained(finished["folder"] / "model"),
-              finished["folder"] / "model")).abs().max()  # fmt: skip
+    adapted = logits(model, finished["folder"] / "model")
+    with model.disable_adapter():
+        effect = (adapted - logits(model, finished["folder"] / "model")).abs().max()
     assert effect > 1e-3, "an adapter without effect would pass vacuously"
 
 
@@ -165,7 +158,8 @@ def test_records_say_the_same_as_the_storage(finished: dict[str, Any]) -> None:
     stored = [t.user_attrs["record"] for t in study.trials]
     assert stored == records(finished["out"])
     assert study.best_trial.user_attrs["record"]["outcome"] == "complete"
-    assert all(t.constraints["memory"] > 0 for t in study.trials if t.value is None) is True
+    refused = {t.number for t in study.trials if t.constraints["memory"] > 0}
+    assert refused == {r["number"] for r in stored if r["outcome"] == "infeasible"} != set()
 
 
 def test_the_same_command_again_adds_nothing(finished: dict[str, Any], tmp_path: Path) -> None:
