@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 
 from rsauto.config import DataConfig
 from rsauto.data import splits_from_objects
-from rsauto.data.template import parse_template, render, resolve_format
+from rsauto.data.files import table_of
+from rsauto.data.formats import AnyFormat, resolve_format
+from rsauto.data.template import parse_template
 from rsauto.errors import InputError
+
+
+def format_of(columns: Collection[str], **settings: Any) -> AnyFormat:
+    table = table_of([dict.fromkeys(columns, "a")], "rows")
+    return resolve_format(DataConfig(**settings), table)
 
 
 def fill(source: str, values: dict[str, str]) -> str:
@@ -81,11 +89,12 @@ def test_any_template_is_filled_or_refused(source: str) -> None:
         (["id", "prompt", "completion"], "prompt '{prompt}', completion '{completion}'"),
         (["text", "label"], "text '{text}'"),
         (["question", "answer"], "prompt '{question}\\n', completion '{answer}'"),
-        (["messages", "text"], "text '{text}'"),
+        (["messages", "prompt"], "chat, messages 'messages'"),
+        (["id", "conversations", "tools"], "chat, messages 'conversations', tools 'tools'"),
     ],
 )
 def test_known_columns_need_no_template(columns: list[str], expected: str) -> None:
-    assert str(resolve_format(DataConfig(), columns, "rows")) == expected
+    assert str(format_of(columns)) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,19 +102,19 @@ def test_known_columns_need_no_template(columns: list[str], expected: str) -> No
     [
         (["text", "question", "answer"], "can be read as text .* or prompt .*question.*Add to"),
         (["prompt", "answer", "x"], "none of .* is among them.*\n  prompt: .{prompt}\\\\n.\n"),
-        (["messages"], "'messages' looks like chat data, which is not supported yet"),
+        (["messages", "text"], r'text .* or chat.*Add to.*  text: ".text."\nor\n  messages: mes'),
+        (["id", "chat"], "'chat' looks like chats.*\n  messages: chat"),
         (["only"], r'train on all of it, text: "\{only\}"'),
     ],
 )
 def test_unclear_columns_are_refused_with_lines_to_add(columns: list[str], message: str) -> None:
     with pytest.raises(InputError, match=f"(?s)rows: the columns are '.*{message}"):
-        resolve_format(DataConfig(), columns, "rows")
+        format_of(columns)
 
 
 def test_both_templates_are_checked_at_once() -> None:
-    config = DataConfig(prompt="{qq}", completion="{aa}")
     with pytest.raises(InputError) as caught:
-        resolve_format(config, ["question", "answer"], "rows")
+        format_of(["question", "answer"], prompt="{qq}", completion="{aa}")
     assert [problem[:16] for problem in caught.value.problems] == [
         "data.prompt: '{q",
         "data.completion:",
@@ -113,9 +122,9 @@ def test_both_templates_are_checked_at_once() -> None:
 
 
 def test_numbers_become_text_and_empty_prompts_are_allowed() -> None:
-    form = resolve_format(DataConfig(prompt="{a}{b}", completion="{c}"), "abc", "rows")
-    (row, other) = render(
-        [(1, {"a": 1, "b": 0.5, "c": True}), (2, {"a": "", "b": "", "c": "007"})], form, "rows"
+    form = format_of("abc", prompt="{a}{b}", completion="{c}")
+    (row, other) = form.render(
+        [(1, {"a": 1, "b": 0.5, "c": True}), (2, {"a": "", "b": "", "c": "007"})], "rows"
     )
     assert (row.prompt, row.completion) == ("10.5", "True")
     assert (other.number, other.prompt, other.completion) == (2, "", "007")
@@ -128,8 +137,8 @@ def test_numbers_become_text_and_empty_prompts_are_allowed() -> None:
         (float("nan"), "no value .null. in column 'answer'"),
         ("", "an empty completion"),
         (" \n", "an empty completion"),
-        (["a"], r"neither text nor number \(list, and chat or nested data"),
-        ({"text": "a"}, r"neither text nor number \(dict, and chat"),
+        (["a"], r"neither text nor number \(list; chats are given as messages"),
+        ({"text": "a"}, r"neither text nor number \(dict; chats are given"),
         ("a\ud800", "broken Unicode"),
     ],
 )

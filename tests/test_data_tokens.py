@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -163,7 +162,7 @@ def test_tokenizers_without_end_or_padding() -> None:
 
 
 def test_batches_of_the_tokenizer_lose_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsauto.data.tokens.TEXTS_PER_CALL", 3)
+    monkeypatch.setattr("rsauto.data.encoding.TEXTS_PER_CALL", 3)
     tokenizer = byte_tokenizer(**PLAIN)
     data = tokens_of(pairs(*((str(i), "x") for i in range(10))), tokenizer)
     assert [decoded(e, tokenizer) for e in data.train] == [f"{i}x</s>" for i in range(10)]
@@ -188,8 +187,7 @@ def test_collate_pads_on_the_right_to_the_longest() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 99]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
-    for field in dataclasses.fields(batch):
-        assert getattr(batch, field.name).dtype == torch.int64
+    assert {tensor.dtype for tensor in (*batch.inputs().values(), batch.labels)} == {torch.int64}
     assert batch.to("meta").labels.is_meta
     with pytest.raises(ValueError, match="at least one example"):
         collate([], pad_token_id=0)

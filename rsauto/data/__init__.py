@@ -12,17 +12,24 @@ In the order of their use:
 from __future__ import annotations
 
 from rsauto.data.batches import Batch, collate, evaluation_batches, padded_tokens
+from rsauto.data.chat import ChatFormat
+from rsauto.data.general import general_examples
+from rsauto.data.labels import LabelFormat
 from rsauto.data.load import Splits, load_rows, splits_from_objects
 from rsauto.data.order import batch_plan, micro_batches
-from rsauto.data.overview import Preflight, Segment, SplitSummary, lines, preflight
-from rsauto.data.template import Format, Row
-from rsauto.data.tokens import Example, Fit, TokenisedData, tokenise
+from rsauto.data.overview import Preflight, SplitSummary, lines, preflight
+from rsauto.data.rows import Row
+from rsauto.data.samples import Segment
+from rsauto.data.template import Format
+from rsauto.data.tokens import Example, Fit, TokenisedData, tokenise, without_token_types
 
 __all__ = [
     "Batch",
+    "ChatFormat",
     "Example",
     "Fit",
     "Format",
+    "LabelFormat",
     "Preflight",
     "Row",
     "Segment",
@@ -32,6 +39,7 @@ __all__ = [
     "batch_plan",
     "collate",
     "evaluation_batches",
+    "general_examples",
     "lines",
     "load_rows",
     "micro_batches",
@@ -39,4 +47,5 @@ __all__ = [
     "preflight",
     "splits_from_objects",
     "tokenise",
+    "without_token_types",
 ]

@@ -8,27 +8,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsauto.data.tokens import Example
+from rsauto.data.encoding import Example
 from rsauto.training.loss import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """A micro-batch of b sequences, padded on the right to the longest, t tokens. All (b, t)."""
+    """A micro-batch of b sequences, padded on the right to the longest, t tokens. All int64."""
 
     input_ids: Tensor
-    """int64."""
+    """(b, t)"""
     attention_mask: Tensor
-    """int64, 1 for tokens and 0 for padding."""
+    """(b, t), 1 for tokens and 0 for padding."""
     labels: Tensor
-    """int64, the input ids, IGNORED for prompts and padding; the loss shifts them, not this."""
+    """(b, t), the input ids, IGNORED for prompts and padding; the loss shifts them, not this. Or,
+    for classification, (b,), the classes."""
+    token_type_ids: Tensor | None = None
+    """(b, t), 0 for the first text and padding, 1 for the second; None where it is not told."""
 
     def to(self, device: torch.device | str) -> Batch:
+        types = self.token_type_ids
         return Batch(
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
+            token_type_ids=None if types is None else types.to(device),
         )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            named["token_type_ids"] = self.token_type_ids
+        return named
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -39,13 +51,31 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
+    token_type_ids = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
         tokens = torch.tensor(example.input_ids, dtype=torch.int64)
         end = len(tokens)
         input_ids[row, :end] = tokens
         attention_mask[row, :end] = 1
-        labels[row, example.num_prompt_tokens : end] = tokens[example.num_prompt_tokens :]
-    return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        labels[row, :end] = tokens.where(counted(example), IGNORED)
+        if example.token_type_ids is not None:
+            token_type_ids[row, :end] = torch.tensor(example.token_type_ids)
+    if examples[0].label is not None:
+        labels = torch.tensor([example.label for example in examples])
+    has_types = examples[0].token_type_ids is not None
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        token_type_ids=token_type_ids if has_types else None,
+    )
+
+
+def counted(example: Example) -> Tensor:
+    """(t,), boolean: which tokens the loss of language modelling counts."""
+    if example.mask is not None:
+        return torch.tensor(list(example.mask), dtype=torch.bool)
+    return torch.arange(len(example.input_ids)) >= example.num_prompt_tokens
 
 
 def padded_tokens(examples: Sequence[Example]) -> int:

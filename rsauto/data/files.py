@@ -33,6 +33,8 @@ class Table:
     columns: tuple[str, ...]
     rows: Any
     """A list of mappings or a `datasets.Dataset`, which stays on disk."""
+    features: Any = None
+    """What `datasets` knows of the columns of a list that it has read."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,6 +45,12 @@ class Table:
             chosen = self.rows.select_columns(list(columns)).select(list(indices))
             return list(chosen.to_list())
         return [self.rows[index] for index in indices]
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Names of the classes 0, 1, ... in a column of `datasets.ClassLabel`; None in others."""
+        features = getattr(self.rows, "features", self.features) or {}
+        names = getattr(features.get(column), "names", None)
+        return None if names is None else tuple(map(str, names))
 
 
 def table_of(rows: Sequence[Record], source: str) -> Table:
@@ -233,4 +241,4 @@ def _read_parquet(path: Path) -> Table:
     except Exception as error:
         # pyarrow, fsspec and datasets each raise their own kinds for a file that is not Parquet.
         raise InputError(f"{path}: cannot be read as Parquet: {error}.") from error
-    return Table(source=str(path), columns=columns, rows=rows)
+    return Table(source=str(path), columns=columns, rows=rows, features=stream.features)

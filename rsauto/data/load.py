@@ -2,11 +2,12 @@
 
 Validation rows come from, in this order: `validation_file`; `validation_split`; a split called
 validation, valid, val or dev; a tenth of the training rows (at most `validation_rows`), chosen with
-`split_seed` and taken out of training.
+`split_seed` and taken out of training; of labelled text as many of each class as its share.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,11 @@ from typing import Any
 
 from rsauto.config import DataConfig
 from rsauto.data.files import EXTENSIONS, Table, extension, missing, read_file, stem, table_of
+from rsauto.data.formats import AnyFormat, resolve_format
 from rsauto.data.hub import load_hub
-from rsauto.data.order import shuffled
-from rsauto.data.template import Format, Row, render, resolve_format
+from rsauto.data.labels import LabelFormat, class_names
+from rsauto.data.order import shuffled, stratified
+from rsauto.data.rows import Row
 from rsauto.errors import InputError, nearest
 
 HELD_BACK_ONE_IN = 10
@@ -39,13 +42,15 @@ class Splits:
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
-    format: Format
+    format: AnyFormat
     train_source: str
     validation_source: str
     unused_columns: tuple[str, ...]
     """Columns of the training rows that the format does not read."""
     test_name: str | None
     """The test split that was seen and left alone."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the classes by their index; None for language modelling."""
 
 
 def load_rows(config: DataConfig) -> Splits:
@@ -56,7 +61,7 @@ def load_rows(config: DataConfig) -> Splits:
     Raises InputError when something is missing, unreadable, ambiguous or only a test split.
     """
     _refuse_contradictions(config)
-    loaders = _loaders(config)
+    loaders = split_loaders(config)
     test_name = next((name for name in loaders if is_test(name)), None)
     train_name = _train_name(loaders, config)
     validation_name = _validation_name(loaders, config)
@@ -118,7 +123,7 @@ def _test_refused(field: str, name: str) -> str:
     )
 
 
-def _loaders(config: DataConfig) -> Loaders:
+def split_loaders(config: DataConfig) -> Loaders:
     if config.name == "embedded":
         return {name: partial(_embedded, name) for name in ("train", "validation")}
     path = Path(config.name).expanduser()
@@ -175,7 +180,8 @@ def _read_shards(files: Sequence[Path]) -> Table:
     if len(tables) == 1:
         return tables[0]
     rows = [row for table in tables for row in table.rows]
-    return table_of(rows, f"{tables[0].source} and {len(tables) - 1} more")
+    joined = table_of(rows, f"{tables[0].source} and {len(tables) - 1} more")
+    return dataclasses.replace(joined, features=tables[0].features)
 
 
 def _train_name(loaders: Loaders, config: DataConfig) -> str:
@@ -245,7 +251,7 @@ def _choose(
     for table in (train, validation):
         if table is not None and not len(table):
             raise InputError(f"{table.source}: there are no rows.")
-    form = resolve_format(config, train.columns, train.source)
+    form = resolve_format(config, train)
     if validation is None:
         return _hold_back(train, form, config, test_name)
     absent = [column for column in form.columns if column not in validation.columns]
@@ -254,6 +260,7 @@ def _choose(
             f"{validation.source}: has no column {', '.join(map(repr, absent))}, which {form} "
             f"needs. The columns are {', '.join(map(repr, validation.columns))}."
         )
+    _require_same_names(form, validation)
     order = shuffled(len(validation), random.Random(config.split_seed))
     train_order = shuffled(len(train), random.Random(config.split_seed))
     validation_rows = _take(validation, order[: config.validation_rows], form)
@@ -266,10 +273,34 @@ def _choose(
         validation_source=_source(validation, len(validation_rows)),
         unused_columns=_unused(train, form),
         test_name=test_name,
+        label_names=_label_names(train_rows, validation_rows, form, train.source),
     )
 
 
-def _hold_back(train: Table, form: Format, config: DataConfig, test_name: str | None) -> Splits:
+def _require_same_names(form: AnyFormat, validation: Table) -> None:
+    """Raises InputError where both tables name the classes, and otherwise."""
+    if not isinstance(form, LabelFormat):
+        return
+    names = validation.class_names(form.label)
+    if names not in (None, form.names):
+        raise InputError(
+            f"data.label: the classes of column {form.label!r} are named {_shown(names)} in "
+            f"validation, but {_shown(form.names)} in training. Give both the same names in the "
+            f"same order."
+        )
+
+
+def _shown(names: Sequence[str] | None) -> str:
+    return ", ".join(map(repr, names)) if names else "not at all"
+
+
+def _label_names(
+    train: Sequence[Row], validation: Sequence[Row], form: AnyFormat, source: str
+) -> tuple[str, ...] | None:
+    return class_names(train, validation, form, source) if isinstance(form, LabelFormat) else None
+
+
+def _hold_back(train: Table, form: AnyFormat, config: DataConfig, test_name: str | None) -> Splits:
     """Make a validation split out of training rows; no training row is equal to one of it."""
     size = min(config.validation_rows, len(train) // HELD_BACK_ONE_IN)
     if size < 1:
@@ -278,11 +309,14 @@ def _hold_back(train: Table, form: Format, config: DataConfig, test_name: str | 
             f"Give data.validation_file or data.validation_split."
         )
     order = shuffled(len(train), random.Random(config.split_seed))
+    if isinstance(form, LabelFormat):
+        labels = train.take(range(len(train)), [form.label])
+        order = stratified(order, [str(record.get(form.label)) for record in labels])
     stop = None if config.max_train_rows is None else size + config.max_train_rows
     held = _take(train, order[:size], form)
     others = _take(train, order[size:stop], form)
-    known = {(row.prompt, row.completion) for row in held}
-    kept = tuple(row for row in others if (row.prompt, row.completion) not in known)
+    known = {row.content for row in held}
+    kept = tuple(row for row in others if row.content not in known)
     if not kept:
         raise InputError(
             f"{train.source}: the rows repeat each other, and none is left to train on after "
@@ -300,17 +334,18 @@ def _hold_back(train: Table, form: Format, config: DataConfig, test_name: str | 
         ),
         unused_columns=_unused(train, form),
         test_name=test_name,
+        label_names=_label_names(kept, held, form, train.source),
     )
 
 
-def _take(table: Table, indices: Sequence[int], form: Format) -> tuple[Row, ...]:
+def _take(table: Table, indices: Sequence[int], form: AnyFormat) -> tuple[Row, ...]:
     """The rows at `indices` as text, in the table's order."""
     chosen = sorted(indices)
     numbered = zip((i + 1 for i in chosen), table.take(chosen, form.columns), strict=True)
-    return render(numbered, form, table.source)
+    return form.render(numbered, table.source)
 
 
-def _unused(table: Table, form: Format) -> tuple[str, ...]:
+def _unused(table: Table, form: AnyFormat) -> tuple[str, ...]:
     return tuple(column for column in table.columns if column not in form.columns)
 
 

@@ -8,6 +8,7 @@ on other batches. Python promises that of `random.Random(int).random()` alone, n
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -15,6 +16,22 @@ def shuffled(num_items: int, generator: random.Random) -> list[int]:
     """0 .. num_items - 1 in random order."""
     keys = [generator.random() for _ in range(num_items)]
     return sorted(range(num_items), key=keys.__getitem__)
+
+
+def stratified(order: Sequence[int], classes: Sequence[str]) -> list[int]:
+    """The same indices so that every first part of them has each class in its share.
+
+    `classes` has the class of every index. The k-th of the n of a class, from 0, comes at
+    (k + 1/2) / n of the way; within a class the order stays. A class of one comes in the middle.
+    """
+    totals = Counter(classes)
+    seen: Counter[str] = Counter()
+    place: dict[int, float] = {}
+    for index in order:
+        name = classes[index]
+        place[index] = (seen[name] + 0.5) / totals[name]
+        seen[name] += 1
+    return sorted(order, key=place.__getitem__)
 
 
 def batch_plan(num_examples: int, batch_size: int, steps: int, seed: int) -> list[tuple[int, ...]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsauto.config import DataConfig
+from rsauto.data.chat import ChatFormat
+from rsauto.data.encoding import Example, Fit
 from rsauto.data.load import Splits
-from rsauto.data.template import Template
-from rsauto.data.tokens import Example, Fit, TokenisedData
+from rsauto.data.samples import Segment, marked, segments, spelled_out
+from rsauto.data.template import Format, Template
+from rsauto.data.tokens import TokenisedData
 from rsauto.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,17 +24,11 @@ if TYPE_CHECKING:
 NUM_SAMPLES = 2
 FEW_VALIDATION_ROWS = 50
 """Below this a difference between two trials is mostly chance."""
-SHOWN_CHARACTERS = 400
-"""Of each part of a sample, in `lines`; the record keeps all of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of a decoded example."""
-
-    text: str
-    counted: bool
-    """Whether the loss counts it."""
+FEW_OF_A_CLASS = 5
+"""Validation rows; below this a class hardly matters for the metrics."""
+LARGE_CLASS = 0.8
+"""Share of the validation rows above which always saying the largest class looks good."""
+SHOWN_CLASSES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +48,17 @@ class SplitSummary:
     num_tokens: int
     """After truncation."""
     num_counted_tokens: int
-    """Those that the loss counts."""
+    """Those that the loss counts; of classified text one per example."""
+    class_counts: dict[str, int] | None = None
+    """Examples of every class, in the order of the classes; None for language modelling."""
+
+    @property
+    def largest_class(self) -> tuple[str, float] | None:
+        """The most frequent class and its share of the examples."""
+        if self.class_counts is None:
+            return None
+        name = max(self.class_counts, key=self.class_counts.__getitem__)
+        return name, self.class_counts[name] / self.num_examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +80,7 @@ class Preflight:
     num_overlapping_rows: int
     """Validation rows that are training rows too."""
     num_overlapping_prompts: int
-    """Validation rows whose prompt is a training prompt; 0 for the text format."""
+    """Validation rows whose prompt is a training prompt; 0 where there are no prompts."""
     fingerprint: str
     warnings: tuple[str, ...]
 
@@ -84,9 +92,8 @@ def preflight(
     splits: Splits, data: TokenisedData, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Preflight:
     """Look at the data. Raises InputError when every validation row is a training row too."""
-    train_rows = [(row.prompt, row.completion) for row in splits.train]
-    known = set(train_rows)
-    overlapping = sum((row.prompt, row.completion) in known for row in splits.validation)
+    known = {row.content for row in splits.train}
+    overlapping = sum(row.content in known for row in splits.validation)
     if overlapping == len(splits.validation):
         raise InputError(
             f"data: every validation row ({splits.validation_source}) is a training row too, so "
@@ -94,16 +101,17 @@ def preflight(
             f"and rsauto holds some back."
         )
     prompts = {row.prompt for row in splits.train}
-    has_prompts = splits.format.prompt is not None
+    has_prompts = splits.format.has_prompts
+    names = data.label_names
     found = Preflight(
         format=str(splits.format),
         unused_columns=splits.unused_columns,
         max_length=config.max_length,
-        train=_summary(splits.train_source, data.train, data.train_fit),
-        validation=_summary(splits.validation_source, data.validation, data.validation_fit),
+        train=_summary(splits.train_source, data.train, data.train_fit, names),
+        validation=_summary(splits.validation_source, data.validation, data.validation_fit, names),
         test_name=splits.test_name,
-        samples=tuple(segments(example, tokenizer) for example in data.train[:NUM_SAMPLES]),
-        num_train_duplicates=len(train_rows) - len(known),
+        samples=tuple(segments(example, tokenizer, names) for example in data.train[:NUM_SAMPLES]),
+        num_train_duplicates=len(splits.train) - len(known),
         num_overlapping_rows=overlapping,
         num_overlapping_prompts=(
             sum(row.prompt in prompts for row in splits.validation) if has_prompts else 0
@@ -111,20 +119,7 @@ def preflight(
         fingerprint=data.fingerprint,
         warnings=(),
     )
-    return dataclasses.replace(found, warnings=_warnings(found, splits, tokenizer))
-
-
-def segments(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Segment, ...]:
-    """The decoded example, special tokens included, cut where the loss begins to count."""
-    num_ignored = max(1, example.num_prompt_tokens)
-    ignored = _decode(example.input_ids[:num_ignored], tokenizer)
-    whole = _decode(example.input_ids, tokenizer)
-    # Some tokenizers drop a leading space when they decode; taking the rest of the whole keeps it.
-    if whole.startswith(ignored):
-        counted = whole[len(ignored) :]
-    else:
-        counted = _decode(example.input_ids[num_ignored:], tokenizer)
-    return (Segment(ignored, False), Segment(counted, True))
+    return dataclasses.replace(found, warnings=_warnings(found, splits, data, tokenizer))
 
 
 def lines(found: Preflight) -> list[str]:
@@ -140,38 +135,39 @@ def lines(found: Preflight) -> list[str]:
             f"longest {split.longest_length}; "
             f"{split.num_truncated / split.num_rows:.1%} cut at {found.max_length}"
         )
-        shown.append(
-            f"{'':<11} {split.num_tokens} tokens, {split.num_counted_tokens} of them counted"
-        )
+        shown.append(f"{'':<11} {_tokens_or_classes(split)}")
     if found.test_name is not None:
         shown.append(f"test        {found.test_name!r} is there and is left alone")
-    shown.append("the loss counts what stands between « and »:")
+    largest = found.validation.largest_class
+    if largest is not None:
+        name, share = largest
+        shown.append(f"always saying {name!r} would score {share:.1%} in validation")
+        shown.append("the class stands between « and »:")
+    else:
+        shown.append("the loss counts what stands between « and »:")
+    space = "" if largest is None else " "
     for number, sample in enumerate(found.samples, start=1):
-        shown.append(f"  {number}  " + "".join(_marked(segment) for segment in sample))
+        shown.append(f"  {number}  " + space.join(marked(segment) for segment in sample))
     shown.extend(f"warning: {warning}" for warning in found.warnings)
     return shown
 
 
-def _marked(segment: Segment) -> str:
-    # Data is not to be trusted with a terminal: line breaks and control codes are spelled out.
-    text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in segment.text
-    )
-    if len(text) > SHOWN_CHARACTERS:
-        half = SHOWN_CHARACTERS // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return f"«{text}»" if segment.counted else text
+def _tokens_or_classes(split: SplitSummary) -> str:
+    if split.class_counts is None:
+        return f"{split.num_tokens} tokens, {split.num_counted_tokens} of them counted"
+    counts = [f"{name} {count}" for name, count in split.class_counts.items()]
+    return f"classes  {_first(counts)}; {split.num_tokens} tokens"
 
 
-def _decode(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(
-        tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-    )
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
+    return ", ".join(map(spelled_out, names[:SHOWN_CLASSES])) + more
 
 
-def _summary(source: str, examples: Sequence[Example], fit: Fit) -> SplitSummary:
+def _summary(
+    source: str, examples: Sequence[Example], fit: Fit, names: Sequence[str] | None
+) -> SplitSummary:
+    labels = Counter(example.label for example in examples)
     return SplitSummary(
         source=source,
         num_rows=len(fit.lengths),
@@ -183,6 +179,7 @@ def _summary(source: str, examples: Sequence[Example], fit: Fit) -> SplitSummary
         num_truncated=fit.num_truncated,
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_counted_tokens=sum(example.num_targets for example in examples),
+        class_counts=(None if names is None else {name: labels[i] for i, name in enumerate(names)}),
     )
 
 
@@ -193,30 +190,76 @@ def _quantile(lengths: Sequence[int], share: float) -> int:
 
 
 def _warnings(
-    found: Preflight, splits: Splits, tokenizer: PreTrainedTokenizerBase
+    found: Preflight, splits: Splits, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, ...]:
-    warnings = [*_overlap_warnings(found), *_length_warnings(found, tokenizer)]
+    warnings = [*_overlap_warnings(found), *_length_warnings(found, splits, tokenizer)]
     if found.validation.num_rows < FEW_VALIDATION_ROWS:
         warnings.append(
             f"only {found.validation.num_rows} validation rows: small differences between trials "
             f"will be chance. {FEW_VALIDATION_ROWS} or more are better."
         )
-    if tokenizer.eos_token_id is None:
+    if isinstance(splits.format, Format):
+        warnings.extend(_text_warnings(found, splits.format, tokenizer))
+    num_not_prefix = data.train_fit.num_not_prefix + data.validation_fit.num_not_prefix
+    if num_not_prefix:
         warnings.append(
-            "the tokenizer has no end-of-text token: the model is not taught where to stop."
+            f"{num_not_prefix} of {found.train.num_rows + found.validation.num_rows} prompts are "
+            f"written otherwise by the chat template when their completion follows: the loss "
+            f"counts from where the two part. Look at the samples."
         )
-    if splits.format.prompt is None and "label" in found.unused_columns:
-        warnings.append(
-            "the column 'label' is not used, so the model does not learn to predict it. To train "
-            "on it give prompt and completion."
-        )
-    for template in (splits.format.prompt, splits.format.completion):
-        if template is not None and _literal_newline(template):
+    warnings.extend(_class_warnings(found))
+    for template in splits.format.templates:
+        if _literal_newline(template):
             warnings.append(
                 f"the template {template.source!r} has a backslash and an n, not a line break. In "
                 f"YAML, only double quotes turn \\n into one."
             )
     return tuple(warnings)
+
+
+def _text_warnings(found: Preflight, form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    warnings = []
+    if tokenizer.eos_token_id is None:
+        warnings.append(
+            "the tokenizer has no end-of-text token: the model is not taught where to stop."
+        )
+    if form.prompt is None and "label" in found.unused_columns:
+        warnings.append(
+            "the column 'label' is not used, so the model does not learn to predict it. To train "
+            "a classifier set data.label: label; to train a language model on it give prompt and "
+            "completion."
+        )
+    return warnings
+
+
+def _class_warnings(found: Preflight) -> list[str]:
+    of_train, of_validation = found.train.class_counts, found.validation.class_counts
+    largest = found.validation.largest_class
+    if of_train is None or of_validation is None or largest is None:
+        return []
+    warnings = []
+    absent = [name for name, count in of_train.items() if count == 0]
+    if absent:
+        warnings.append(
+            f"no training row has the class {_first(absent)}: the classifier never says it. Number "
+            f"the classes without gaps, or write names."
+        )
+    few = [
+        name for name, count in of_validation.items()
+        if count < FEW_OF_A_CLASS and name not in absent
+    ]  # fmt: skip
+    if few:
+        warnings.append(
+            f"fewer than {FEW_OF_A_CLASS} validation rows have the class {_first(few)}: how well "
+            f"it is told apart is chance. Raise data.validation_rows or add such rows."
+        )
+    name, share = largest
+    if share > LARGE_CLASS:
+        warnings.append(
+            f"{share:.1%} of the validation rows have the class {name!r}: a classifier that "
+            f"always says so looks good. Compare macro-averaged F1 rather than accuracy."
+        )
+    return warnings
 
 
 def _literal_newline(template: Template) -> bool:
@@ -243,19 +286,27 @@ def _overlap_warnings(found: Preflight) -> list[str]:
     return warnings
 
 
-def _length_warnings(found: Preflight, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _length_warnings(
+    found: Preflight, splits: Splits, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     warnings = []
+    whole_chats = isinstance(splits.format, ChatFormat) and splits.format.prompt is None
+    why = "no token that counts comes within" if whole_chats else "their prompts alone fill"
+    cost = (
+        "Cut rows do not teach where to stop."
+        if found.train.class_counts is None
+        else "The rest is not read."
+    )
     for name, split in (("training", found.train), ("validation", found.validation)):
         if split.num_dropped:
             warnings.append(
-                f"{split.num_dropped} of {split.num_rows} {name} rows are dropped: their prompts "
-                f"alone fill data.max_length {found.max_length}."
+                f"{split.num_dropped} of {split.num_rows} {name} rows are dropped: {why} "
+                f"data.max_length {found.max_length}."
             )
         if split.num_truncated:
             warnings.append(
                 f"{split.num_truncated} of {split.num_rows} {name} rows are cut at data.max_length "
-                f"{found.max_length}; the longest has {split.longest_length} tokens. Cut rows do "
-                f"not teach where to stop."
+                f"{found.max_length}; the longest has {split.longest_length} tokens. {cost}"
             )
     used = min(found.max_length, max(found.train.longest_length, found.validation.longest_length))
     if used > tokenizer.model_max_length:

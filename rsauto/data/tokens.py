@@ -8,6 +8,9 @@ end     the tokenizer's end-of-text token, or what it puts after a text if it ha
 Prompt and completion are tokenised apart. Tokenising them joined may merge the last characters of
 the prompt with the first of the completion into one token: the mask would then cut through it, and
 the prompt seen in training would not be the prompt given when the model is used.
+
+Chats are written by the chat template (chat_tokens.py), and text that is classified by the
+tokenizer (labels.py): both put special tokens of their own, and nothing is added to them here.
 """
 
 from __future__ import annotations
@@ -15,45 +18,22 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rsauto.config import DataConfig
+from rsauto.config import DataConfig, TaskType
+from rsauto.data.chat import ChatFormat
+from rsauto.data.chat_tokens import chat_examples
+from rsauto.data.encoding import Example, Fit, encode
+from rsauto.data.labels import LabelFormat, cut_labelled, labelled_examples
 from rsauto.data.load import Splits
-from rsauto.data.template import Row
+from rsauto.data.rows import Row
 from rsauto.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_PER_CALL = 1000
-"""Texts given to the tokenizer at once; its intermediate records are larger than the ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One sequence."""
-
-    input_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    """Leading tokens that the loss ignores: prefix and prompt, or 0 where all is trained on."""
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that count in the loss; the first never does, because nothing predicts it."""
-        return len(self.input_ids) - max(1, self.num_prompt_tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fit:
-    """How the rows of a split fitted into max_length."""
-
-    lengths: tuple[int, ...]
-    """Tokens of every row before it was cut, dropped rows included."""
-    num_truncated: int
-    """Rows cut, dropped ones not included."""
-    num_dropped: int
-    """Rows of which no token was left to learn from."""
+__all__ = ["Example", "Fit", "TokenisedData", "fingerprint", "special_tokens", "tokenise"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +49,15 @@ class TokenisedData:
     """Tokens of the longest training example."""
     validation_length: int
     fingerprint: str
-    """SHA-256 over token ids and masks of both splits, in hexadecimal."""
+    """SHA-256 over token ids, masks and classes of both splits, in hexadecimal."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the classes by their index; None for language modelling."""
+    general: tuple[Example, ...] = ()
+    """A text that is not trained on, cut into sequences, on which forgetting is measured."""
+
+    @property
+    def task(self) -> TaskType:
+        return "CAUSAL_LM" if self.label_names is None else "SEQ_CLS"
 
 
 def tokenise(
@@ -77,7 +65,8 @@ def tokenise(
 ) -> TokenisedData:
     """Tokenise both splits; `config` gives `loss_on` and `max_length`.
 
-    Raises InputError when truncation leaves no example of a split.
+    Raises InputError when truncation leaves no example of a split, or when chats and the chat
+    template do not go together.
     """
     train, train_fit = _tokenise_rows(splits.train, "train", splits, config, tokenizer)
     validation, validation_fit = _tokenise_rows(
@@ -92,7 +81,20 @@ def tokenise(
         train_length=max(len(example.input_ids) for example in train),
         validation_length=max(len(example.input_ids) for example in validation),
         fingerprint=fingerprint(train, validation),
+        label_names=splits.label_names,
     )
+
+
+def without_token_types(data: TokenisedData) -> TokenisedData:
+    """The same for a model that tells no two texts apart, whatever its tokenizer returns.
+
+    Some such models would take the types for tokens (GPT-2), others would refuse them.
+    """
+
+    def bare(examples: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(replace(example, token_type_ids=None) for example in examples)
+
+    return replace(data, train=bare(data.train), validation=bare(data.validation))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,8 +110,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
 
     Raises InputError when a text's own tokens cannot be found between the tokenizer's additions.
     """
-    plain = _encode(["a"], tokenizer, special=False)[0]
-    whole = _encode(["a"], tokenizer, special=True)[0]
+    plain = encode(["a"], tokenizer, special=False)[0]
+    whole = encode(["a"], tokenizer, special=True)[0]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             break
@@ -132,24 +134,14 @@ def fingerprint(train: Sequence[Example], validation: Sequence[Example]) -> str:
             length = len(example.input_ids)
             digest.update(struct.pack("<QQ", length, example.num_prompt_tokens))
             digest.update(struct.pack(f"<{length}I", *example.input_ids))
+            # Only where present: plain rows keep the fingerprint they have always had.
+            if example.mask is not None:
+                digest.update(b"mask" + example.mask)
+            if example.label is not None:
+                digest.update(b"label" + struct.pack("<Q", example.label))
+            if example.token_type_ids is not None:
+                digest.update(b"types" + bytes(example.token_type_ids))
     return digest.hexdigest()
-
-
-def _encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False
-) -> list[list[int]]:
-    encoded: list[list[int]] = []
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        batch = tokenizer(
-            list(texts[start : start + TEXTS_PER_CALL]),
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            # Longer than the model's context is no matter for a warning here: it is cut later.
-            verbose=False,
-        )
-        encoded.extend(batch["input_ids"])
-    return encoded
 
 
 def _tokenise_rows(
@@ -160,18 +152,19 @@ def _tokenise_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[tuple[Example, ...], Fit]:
     """The examples of one split, and what truncation did to its rows."""
-    prefix, end = special_tokens(tokenizer)
-    prompts = _encode([row.prompt for row in rows], tokenizer)
-    completions = _encode([row.completion for row in rows], tokenizer)
-    count_all = config.loss_on == "all" or splits.format.prompt is None
-    whole = [
-        _join(prompt, completion, prefix, end, count_all)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    cut = [
-        Example(example.input_ids[: config.max_length], example.num_prompt_tokens)
-        for example in whole
-    ]
+    num_not_prefix = 0
+    form, names = splits.format, splits.label_names
+    if isinstance(form, LabelFormat):
+        assert names is not None
+        whole = labelled_examples(rows, form, names, tokenizer)
+        cut = cut_labelled(whole, rows, form, names, tokenizer, config.max_length)
+    else:
+        if isinstance(form, ChatFormat):
+            whole, num_not_prefix = chat_examples(rows, form, f"{name} rows", config, tokenizer)
+        else:
+            count_all = config.loss_on == "all" or not form.has_prompts
+            whole = _text_examples(rows, count_all, tokenizer)
+        cut = [example.cut(config.max_length) for example in whole]
     kept = tuple(example for example in cut if example.num_targets > 0)
     lengths = tuple(len(example.input_ids) for example in whole)
     if not kept:
@@ -183,7 +176,20 @@ def _tokenise_rows(
             for length, example in zip(lengths, cut, strict=True)
         ),
         num_dropped=len(rows) - len(kept),
+        num_not_prefix=num_not_prefix,
     )
+
+
+def _text_examples(
+    rows: Sequence[Row], count_all: bool, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    prefix, end = special_tokens(tokenizer)
+    prompts = encode([row.prompt for row in rows], tokenizer)
+    completions = encode([row.completion for row in rows], tokenizer)
+    return [
+        _join(prompt, completion, prefix, end, count_all)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _join(
@@ -205,9 +211,15 @@ def _join(
 
 
 def _nothing_left(name: str, whole: Sequence[Example], max_length: int) -> str:
-    needed = min(max(1, example.num_prompt_tokens) + 1 for example in whole)
+    firsts = [example.counts().index(True) for example in whole if any(example.counts())]
+    if not firsts:
+        return (
+            f"data: none of the {len(whole)} {name} rows has a token to learn from. If these are "
+            f"chats, the chat template marks no turn between {{% generation %}} and "
+            f"{{% endgeneration %}}."
+        )
     return (
         f"data.max_length: at {max_length} tokens none of the {len(whole)} {name} rows keeps a "
-        f"token to learn from. The shortest prompt needs {needed}; raise max_length to cover the "
-        f"longest row, {max(len(example.input_ids) for example in whole)} tokens."
+        f"token to learn from. The shortest prompt needs {min(firsts) + 1}; raise max_length to "
+        f"cover the longest row, {max(len(example.input_ids) for example in whole)} tokens."
     )
