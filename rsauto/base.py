@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,9 +24,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rsauto.config import ModelConfig
+from rsauto.adapters.head import head_module_names
+from rsauto.checkpoint import require_model_folder
+from rsauto.config import ModelConfig, TaskType
 from rsauto.embedded import MODEL_DIR
-from rsauto.errors import InputError
+from rsauto.errors import InputError, nearest
+from rsauto.hub import Repository, explain, fetch_model
+from rsauto.quantisation import (
+    hides_inputs,
+    keep_trainable,
+    loading_settings,
+    require_loadable,
+    saved_bits,
+    unquantised_modules,
+)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,8 +51,21 @@ class BaseSource:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
+    attn_implementation: str
+    task: TaskType
     fingerprint: str
     """Changes when the model does: the hub commit, or a hash of configuration and weights."""
+    commit: str | None = None
+    """Of a model from the hub, all of whose files are read at it."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model on its device."""
+
+    model: PreTrainedModel
+    fresh_parameters: tuple[str, ...] = ()
+    """Full names of a classifier's parameters that the checkpoint did not have, in model order."""
 
 
 def pick_device() -> torch.device:
@@ -51,53 +77,117 @@ def pick_device() -> torch.device:
     return device if device.type == "cuda" else torch.device("cpu")
 
 
-def open_base(config: ModelConfig) -> BaseSource:
+def open_base(config: ModelConfig, task: TaskType = "CAUSAL_LM") -> BaseSource:
     """Reads configuration and tokenizer, no weights.
 
-    Raises InputError when the model is not there, is not a causal LM or has no tokenizer.
+    Raises InputError when the model is not there, cannot do the task or has no tokenizer.
     """
     location = _location(config)
-    model_config = _read(AutoConfig, config, location)
-    _require_causal_lm(config, model_config)
+    commit = _commit(config, location)
+    model_config = _read(AutoConfig, config, location, commit)
+    architecture = _architecture(config, model_config, task)
+    require_loadable(config.name, config.quant_bits, model_config)
     switch_off_dropout(model_config)
     return BaseSource(
         name=config.name,
         config=model_config,
-        tokenizer=_read(AutoTokenizer, config, location),
+        tokenizer=_read(AutoTokenizer, config, location, commit),
         dtype=_dtype(config, model_config),
-        fingerprint=_fingerprint(location, model_config),
+        attn_implementation=_attention(config, architecture),
+        task=task,
+        fingerprint=commit or _fingerprint(location, model_config),
+        commit=commit,
     )
 
 
-def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) -> PreTrainedModel:
+def with_labels(source: BaseSource, names: Sequence[str], pad_token_id: int) -> BaseSource:
+    """The source of a classifier with these classes, the checkpoint's own or other ones."""
+    config = copy.deepcopy(source.config)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    if config.pad_token_id is None or not _is_encoder(config):
+        # Decoders find the last token of a row, whose logits count, by the padding after it.
+        # Encoders number positions from their own padding token, which must stay as it is.
+        config.pad_token_id = pad_token_id
+    return replace(source, config=config)
+
+
+def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) -> LoadedBase:
     """The frozen model on its device, safetensors only, no remote code.
 
-    Raises InputError when the weights are missing or unreadable.
+    Raises InputError when weights are missing or unreadable; a classifier's head may be missing.
     """
     location = _location(config)
     try:
-        model: PreTrainedModel = _quietly(
-            AutoModelForCausalLM.from_pretrained,
+        model, found = _quietly(
+            auto_class(source.task).from_pretrained,
             location,
             config=source.config,
-            revision=config.revision,
+            revision=source.commit,
             dtype=source.dtype,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=source.attn_implementation,
+            ignore_mismatched_sizes=source.task == "SEQ_CLS",
+            output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **_quantised_loading(source, config, device),
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model.name: {config.name!r} cannot be loaded: {_first(error)}") from None
-    return to_device(prepare(model, config.gradient_checkpointing), device)
+    except Exception as error:
+        # While files are fetched, the network library raises kinds of its own.
+        words = explain(error, _repository(config)) if source.commit else None
+        if not words and not isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
+            raise
+        at_fault = f"model.name: {config.name!r} cannot be loaded: {_first(error)}"
+        raise InputError(words or at_fault) from error
+    absent = _absent_parameters(model, found)
+    _require_complete(config, model, absent)
+    return LoadedBase(to_device(prepare(model, config.gradient_checkpointing), device), absent)
 
 
-def _quietly(load: Callable[..., PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+def _quantised_loading(
+    source: BaseSource, config: ModelConfig, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: weights are quantised on the device they stay on."""
+    if config.quant_bits is None:
+        return {}
+    if saved_bits(source.config) is not None:
+        return {"device_map": {"": device}}
+    with torch.device("meta"):
+        skeleton = auto_class(source.task).from_config(source.config)
+    kept = unquantised_modules(skeleton, head_module_names(skeleton))
+    settings = loading_settings(config.quant_bits, source.dtype, kept)
+    return {"device_map": {"": device}, "quantization_config": settings}
+
+
+def auto_class(task: TaskType) -> Any:
+    """transformers' class that builds the models of a task."""
+    return AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+
+
+def _absent_parameters(model: PreTrainedModel, found: dict[str, Any]) -> tuple[str, ...]:
+    """Parameters that the checkpoint lacks, or has in another shape."""
+    other_shape = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
+    absent = set(found["missing_keys"]) | other_shape
+    return tuple(name for name, _ in model.named_parameters() if name in absent)
+
+
+def _require_complete(config: ModelConfig, model: PreTrainedModel, absent: tuple[str, ...]) -> None:
+    heads = tuple(f"{name}." for name in head_module_names(model))
+    needed = [name for name in absent if not name.startswith(heads or "no head")]
+    if needed:
+        raise InputError(
+            f"model.name: the checkpoint of {config.name!r} lacks {len(needed)} weights of a "
+            f"{type(model).__name__}, {needed[0]} among them; they would be random numbers. "
+            f"Give a checkpoint of that architecture."
+        )
+
+
+def _quietly(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Loads without transformers' progress bar, which would tear a live display."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: PreTrainedModel = load(*args, **kwargs)
-        return loaded
+        return load(*args, **kwargs)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -110,31 +200,41 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Freezes the weights, turns dropout off, sets up checkpointing. Changes the model in place."""
+    """Freezes the weights, turns dropout off, sets up checkpointing. Changes the model in place.
+
+    Raises InputError for checkpointing where the architecture has none.
+    """
     switch_off_dropout(model.config)
     for module in model.modules():
+        switch_off_dropout(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    keep_trainable(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"model.gradient_checkpointing: true, but {type(model).__name__} has none in "
+                "transformers. Set it to false."
+            )
         # Renamed in transformers 5; the old name still works and warns.
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": hides_inputs(model)})
         # Frozen embeddings give activations without a gradient, and a checkpointed block whose
         # inputs need none would be skipped in backward together with its adapters.
         model.enable_input_require_grads()
     return model
 
 
-def switch_off_dropout(config: PretrainedConfig) -> None:
-    """Sets every dropout probability of a configuration to zero, in place.
+def switch_off_dropout(holder: PretrainedConfig | nn.Module) -> None:
+    """Sets to zero every dropout probability that a configuration or a module holds, in place.
 
     Trials are then comparable and repeatable; fine-tuning recipes for LoRA do the same.
     """
-    for key, value in list(vars(config).items()):
-        if isinstance(value, float) and ("dropout" in key or key.endswith(("pdrop", "_drop"))):
-            setattr(config, key, 0.0)
+    for key, value in list(vars(holder).items()):
+        if isinstance(value, float) and "drop" in key:
+            setattr(holder, key, 0.0)
 
 
 def _location(config: ModelConfig) -> str:
@@ -143,41 +243,108 @@ def _location(config: ModelConfig) -> str:
     path = Path(config.name).expanduser()
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-            raise InputError(
-                f"model.name: folder {config.name!r} has no config.json, so it is not a Hugging "
-                f"Face model. It holds: {there}."
-            )
+        require_model_folder(config.name, path)
         return str(path)
-    if looks_local:
+    if path.is_file():
         raise InputError(
-            f"model.name: there is no folder {config.name!r} (seen from {Path.cwd()}). "
+            f"model.name: {config.name!r} is a file. Give the folder of the model, with its "
+            "config.json, tokenizer and *.safetensors."
+        )
+    if looks_local:
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        close = nearest(str(path), [str(one) for one in siblings if one.is_dir()])
+        raise InputError(
+            f"model.name: there is no folder {config.name!r} (seen from {Path.cwd()}).{close} "
             "Give a local folder, a hub id such as Qwen/Qwen2.5-0.5B, or embedded."
         )
     return config.name
 
 
-def _read(kind: Any, config: ModelConfig, location: str) -> Any:
-    try:
-        return kind.from_pretrained(location, revision=config.revision, trust_remote_code=False)
-    except (OSError, HFValidationError, ValueError, KeyError) as error:
-        what = "tokenizer" if kind is AutoTokenizer else "configuration"
+def _commit(config: ModelConfig, location: str) -> str | None:
+    if not Path(location).is_dir():
+        return fetch_model(_repository(config))
+    if config.revision is not None:
         raise InputError(
-            f"model.name: no {what} of {config.name!r} could be read: {_first(error)} "
-            "Give a local folder, embedded, or a hub id that can be reached or is in the cache "
-            "(HF_HUB_OFFLINE=1 uses the cache only; gated models need `hf auth login`)."
+            f"model.revision: {config.revision!r} has no effect, because {config.name!r} is not on "
+            f"the hub. Remove it."
+        )
+    return None
+
+
+def _repository(config: ModelConfig) -> Repository:
+    return Repository("model", config.name, config.revision)
+
+
+def _read(kind: Any, config: ModelConfig, location: str, commit: str | None) -> Any:
+    try:
+        # All it needs of a commit is in the cache by now; looking for more would be slow offline.
+        return kind.from_pretrained(
+            location,
+            revision=commit,
+            local_files_only=commit is not None,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if kind is AutoTokenizer:
+            what = "tokenizer"
+            advice = "Its files must be there and whole; save_pretrained of a tokenizer writes them"
+        else:
+            what = "configuration"
+            advice = "Its architecture must be one of transformers, without code of its own"
+        raise InputError(
+            f"model.name: no {what} of {config.name!r} could be read: {_first(error)} {advice}."
         ) from None
 
 
-def _require_causal_lm(config: ModelConfig, model_config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def _architecture(
+    config: ModelConfig, model_config: PretrainedConfig, task: TaskType
+) -> type[PreTrainedModel]:
+    """The class that does the task. Raises InputError where the architecture has none."""
+    from transformers.models.auto import modeling_auto as auto
 
-    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind = f"model.name: {config.name!r} is a {model_config.model_type} model, which has no"
+    if task == "SEQ_CLS":
+        if type(model_config) not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise InputError(
+                f"{kind} sequence classifier in transformers. Choose another, such as a BERT, "
+                "RoBERTa, ModernBERT, Llama or Qwen model, or take data.label away."
+            )
+        return _class_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, model_config)
+    # An encoder with a language model's head would see the very tokens that it is to predict.
+    if _is_encoder(model_config) or type(model_config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
-            f"model.name: {config.name!r} is a {model_config.model_type} model, which has no "
-            "causal language model. Choose a decoder such as Llama, Qwen, Mistral or GPT-2."
+            f"{kind} causal language model. Choose a decoder such as Llama, Qwen, Mistral or "
+            "GPT-2; or, to classify texts, name the column of the class: data.label."
         )
+    return _class_of(auto.MODEL_FOR_CAUSAL_LM_MAPPING, model_config)
+
+
+def _is_encoder(model_config: PretrainedConfig) -> bool:
+    """Whether attention looks both ways, as in BERT, and the model predicts masked tokens."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    one_way = model_config.is_encoder_decoder or getattr(model_config, "is_decoder", False)
+    return type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not one_way
+
+
+def _class_of(mapping: Any, model_config: PretrainedConfig) -> type[PreTrainedModel]:
+    found = mapping[type(model_config)]
+    first: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return first
+
+
+def _attention(config: ModelConfig, architecture: type[PreTrainedModel]) -> str:
+    """'auto' resolved. Raises InputError for one that the architecture does not have."""
+    asked = config.attn_implementation
+    has_sdpa = architecture._supports_sdpa
+    if asked == "auto":
+        return "sdpa" if has_sdpa else "eager"
+    if not {"sdpa": has_sdpa, "flash_attention_2": architecture._supports_flash_attn}.get(asked, 1):
+        raise InputError(
+            f"model.attn_implementation: {asked!r}, but {architecture.__name__} has none in "
+            "transformers. Set it to auto or eager."
+        )
+    return asked
 
 
 def _dtype(config: ModelConfig, model_config: PretrainedConfig) -> torch.dtype:
@@ -188,9 +355,6 @@ def _dtype(config: ModelConfig, model_config: PretrainedConfig) -> torch.dtype:
 
 
 def _fingerprint(location: str, model_config: PretrainedConfig) -> str:
-    commit = getattr(model_config, "_commit_hash", None)
-    if commit:
-        return str(commit)
     digest = hashlib.sha256(model_config.to_json_string(use_diff=False).encode())
     for path in sorted(Path(location).glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -221,4 +385,4 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 def _first(error: BaseException) -> str:
     """The first sentence of a library's message, which may run over many lines."""
     line = str(error).strip().split("\n")[0].strip()
-    return line if line.endswith(".") else line + "."
+    return line.rstrip(".:") + "."

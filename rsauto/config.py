@@ -21,6 +21,12 @@ from pydantic import (
 
 Objective = Annotated[str, Field(min_length=1)]
 
+MINIMISED = frozenset({"eval_loss", "train_loss", "perplexity", "general_loss", "forgetting"})
+"""What is better when it is less; every other metric is better when it is more."""
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+"""What is trained, in PEFT's words: a causal language model or a sequence classifier."""
+
 _UNITS = {
     "": 1, "B": 1,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -60,8 +66,14 @@ class ModelConfig(Part):
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights; adapters are float32. 'auto' takes what the model was saved in."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Of the frozen weights; 'auto' takes what the model was saved in."""
+    quant_bits: Literal[4, 8] | None = None
+    """Of the frozen linear layers, through bitsandbytes: 8 (LLM.int8) or 4 (nf4, double
+    quantisation); None keeps them in `dtype`."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained factors; bfloat16 halves their memory and rounds small updates away."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """'auto' is sdpa where the architecture has it, else eager."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = "all-linear"
@@ -75,7 +87,7 @@ class ModelConfig(Part):
 
 
 class DataConfig(Part):
-    """The fine-tuning data. Rows are text, prompt and completion, or columns through templates."""
+    """The fine-tuning data: text, prompt and completion, chat messages, or labelled text."""
 
     name: str = Field("embedded", min_length=1)
     """'embedded', a hub id, a json, jsonl, csv or parquet file, or a folder of such files."""
@@ -100,16 +112,42 @@ class DataConfig(Part):
     """Template such as '{question}\\n', not trained on unless loss_on is all."""
     completion: str | None = None
     """Template such as '{answer}'."""
+    messages: str | None = None
+    """Column of chats, lists of {role, content}; loss on the assistant's turns only."""
+    chat_template: str | None = None
+    """File of a Jinja template that takes the place of the tokenizer's own."""
+    label: str | None = None
+    """Column of the class, whole numbers or names. Giving it makes the study train a sequence
+    classifier on `text` (and `text_pair`) instead of a causal language model."""
+    text_pair: str | None = None
+    """Template of a second text, for classifying pairs."""
     loss_on: Literal["completion", "all"] = "completion"
     max_length: int = Field(512, ge=2)
     """Tokens per row, the end-of-text token included; longer rows are truncated."""
+    forgetting: str | None = Field(None, min_length=1)
+    """Also measure the rise of the loss on a text that is not trained on: english, code (both come
+    with the package), or a text file."""
+
+    @property
+    def task(self) -> TaskType:
+        return "CAUSAL_LM" if self.label is None else "SEQ_CLS"
 
     @model_validator(mode="after")
     def _one_format(self) -> Self:
-        if self.text is not None and (self.prompt is not None or self.completion is not None):
-            raise ValueError("give either text, or prompt and completion, not both")
+        pair = self.prompt is not None or self.completion is not None
+        given = {"text": self.text is not None, "prompt and completion": pair,
+                 "messages": self.messages is not None}  # fmt: skip
+        formats = [name for name, there in given.items() if there]
+        if len(formats) > 1:
+            raise ValueError(f"give one of {' or '.join(formats)}, not both")
         if (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion belong together: give both")
+        if self.label is not None and (pair or self.messages is not None):
+            raise ValueError("label is for classifying text: give text, not " + formats[0])
+        if self.label is not None and self.forgetting is not None:
+            raise ValueError("forgetting is measured on language models, not on classifiers")
+        if self.label is None and self.text_pair is not None:
+            raise ValueError("text_pair is for classification: give label as well")
         if self.validation_split is not None and self.validation_file is not None:
             raise ValueError("give validation_split or validation_file, not both")
         if (self.validation_split or "").lower().startswith("test"):
@@ -130,6 +168,8 @@ class TrainingConfig(Part):
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences per forward pass. 'auto': the largest divisor of batch_size that fits."""
     optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    head_learning_rate: float = Field(5e-4, gt=0, le=1e6)
+    """Of a classifier's head, trained whole beside the adapter; the same in every trial."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_share: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
@@ -238,7 +278,7 @@ class SearchConfig(Part):
     """Ranks whose objective is this close to the best (relative) count as good as the best."""
     objective: Objective = "eval_loss"
     direction: Literal["minimize", "maximize"] | None = None
-    """None: losses and perplexity are minimised, metrics maximised."""
+    """None: losses, perplexity and forgetting are minimised, other metrics maximised."""
     max_seconds: float | None = Field(None, gt=0)
     """Stop asking for trials after this much wall time of one run."""
     max_failures: int = Field(3, ge=1)
@@ -266,7 +306,7 @@ class SearchConfig(Part):
     def minimize(self) -> bool:
         if self.direction is not None:
             return self.direction == "minimize"
-        return self.objective in {"eval_loss", "perplexity"}
+        return self.objective in MINIMISED
 
 
 def _values(choice: PowerRange | tuple[int, ...]) -> tuple[int, ...]:

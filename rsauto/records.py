@@ -40,8 +40,13 @@ class TrialSpec:
     lr_ratio: float = 1.0
     """LoRA+: learning rate of B over that of A."""
     lambda_lr_ratio: float | None = None
+    head_learning_rate: float | None = None
+    """Of a classifier's head; None for a causal language model."""
     init_rank: int | None = None
     target_rank: int | None = None
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    quant_bits: Literal[4, 8] | None = None
+    """Of the frozen base; None where it is not quantised."""
     optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_share: float = 0.0
@@ -129,6 +134,9 @@ class TrialRecord:
     learning_rate: float
     lr_ratio: float
     lambda_lr_ratio: float | None = None
+    head_learning_rate: float | None = None
+    adapter_dtype: str = "float32"
+    quant_bits: int | None = None
     optimizer: str
     schedule: str
     warmup_share: float = 0.0

@@ -21,7 +21,7 @@ from rsauto.memory.measure import PeakMeter
 from rsauto.memory.plan import ALLOWANCE, MemoryPlanner, Prediction, RankProfile
 from rsauto.memory.recorder import StorageEvent
 from rsauto.memory.trace import StepShape, build_model, record_step, trace_step
-from rsauto.training.loss import completion_hits, summed_cross_entropy
+from rsauto.training.loss import hits_of, summed_cross_entropy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning"),
@@ -154,7 +154,7 @@ def plain_step(
 def plain_evaluation(model: nn.Module, batch: dict[str, Tensor]) -> None:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     summed_cross_entropy(logits, batch["labels"])
-    completion_hits(logits, batch["labels"])
+    hits_of(logits, batch["labels"])
 
 
 def trained(shape: StepShape, rank: int) -> tuple[PeftModel, Optimizer]:

@@ -51,7 +51,8 @@ def test_numbers_that_yaml_calls_text_are_numbers(tmp_path: Path) -> None:
         ("\n\nsearch:\n  trails: 3",
          "s.yaml:4: search.trails: unknown key. Did you mean 'trials'?"),
         ("model:\n  zzzz: 3", "s.yaml:2: model.zzzz: unknown key. Allowed here: name, revision, "
-         "dtype, attn_implementation, gradient_checkpointing, target_modules."),
+         "dtype, quant_bits, adapter_dtype, attn_implementation, gradient_checkpointing, "
+         "target_modules."),
         ("1: 2", "s.yaml:1: 1: unknown key. Allowed here: name, memory_budget, model, data, "
          "training, search, presets."),
         ("search: {rank: {low: 2}}", "s.yaml:1: search.rank.high: is missing."),

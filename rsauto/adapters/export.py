@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
+from rsauto.adapters.head import head_module_names
 from rsauto.adapters.lora import ADAPTER_NAME, lora_layers, short_target_names
 from rsauto.atomic import write_bytes
 
@@ -75,10 +76,12 @@ def _plain_config(adapted: PeftModel, base_name: str) -> LoraConfig:
         fan_in_fan_out=trained.fan_in_fan_out,
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=trained.task_type,
         base_model_name_or_path=base_name,
         inference_mode=True,
     )
+    heads = head_module_names(adapted.get_base_model())
+    plain.modules_to_save = heads or None
     # Given to the constructor it would become a set, and be written in another order every time.
     plain.target_modules = short_target_names(adapted)
     return plain

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rsauto.adapters.head import head_module_names, is_classifier
 from rsauto.errors import InputError, nearest
 from rsauto.records import TrialSpec
 from rsauto.scaling import gamma_r
@@ -66,7 +68,8 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
+        modules_to_save=head_module_names(model) or None,
     )
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for a property by its old name.
@@ -78,6 +81,10 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
         if spec.init_scale is not None:
             with torch.no_grad():
                 layer.lora_A[ADAPTER_NAME].get_parameter("weight").mul_(spec.init_scale)
+        if spec.adapter_dtype == "bfloat16":
+            # Only now: the numbers drawn are then those of float32, rounded.
+            layer.lora_A.to(torch.bfloat16)
+            layer.lora_B.to(torch.bfloat16)
     return adapted
 
 
@@ -89,9 +96,11 @@ def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, config, ADAPTER_NAME)
     except BaseException:  # such as a device without room for the factors
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                model.set_submodule(name, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper):
+                model.set_submodule(name, module.original_module)
         if hasattr(model, "peft_config"):
             del model.peft_config
         raise
@@ -102,7 +111,15 @@ def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 def remove_adapter(adapted: PeftModel) -> nn.Module:
     """The base model as it was before `add_adapter`, the same object, without its adapter."""
+    # PEFT unloads to the trained copy of a head, so the untouched one is put back after it.
+    heads = {
+        name: module.original_module
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
     base: nn.Module = adapted.unload()
+    for name, head in heads.items():
+        base.set_submodule(name, head)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if hasattr(base, "peft_config"):
@@ -140,9 +157,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers but the output head, which PEFT's own "all-linear" leaves out as well."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = tuple(head_module_names(model))
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        in_head = any(name == head or name.startswith(f"{head}.") for head in heads)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not in_head:
             yield name, module
 
 

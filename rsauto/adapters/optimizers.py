@@ -1,5 +1,7 @@
 """Optimizers over an adapter's parameters, with LoRA+'s separate learning rate for B.
 
+A classifier's head is trained beside the adapter at a rate of its own.
+
 LoRA+ (arXiv:2402.12354): eta_B = lr_ratio * eta_A, with lr_ratio well above 1, because B starts at
 zero. A ratio of 1 is the plain optimizer.
 """
@@ -17,21 +19,30 @@ from rsauto.scaling import OptimizerName
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, lr_ratio: float, weight_decay: float
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    lr_ratio: float,
+    weight_decay: float,
+    head_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups, "A" and "B", that partition the trainable parameters.
+    """Up to three groups, "A", "B" and "head", that partition the trainable parameters.
 
-    B's factors learn at ``learning_rate * lr_ratio``, everything else at ``learning_rate``; both
-    are decayed alike. Raises AssertionError if a parameter were in neither or both.
+    B's factors learn at ``learning_rate * lr_ratio``, a classifier's head at
+    ``head_learning_rate`` (None: at ``learning_rate``), everything else at ``learning_rate``; all
+    are decayed alike. Raises AssertionError if a parameter were in no group or in two.
     """
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    head = [p for n, p in trainable.items() if ".modules_to_save." in n]
     group_b = [p for n, p in trainable.items() if ".lora_B." in n]
-    group_a = [p for n, p in trainable.items() if ".lora_B." not in n]
-    ids = [id(p) for p in (*group_a, *group_b)]
+    in_others = {id(p) for p in (*head, *group_b)}
+    group_a = [p for p in trainable.values() if id(p) not in in_others]
+    ids = [id(p) for p in (*group_a, *group_b, *head)]
     assert len(ids) == len(set(ids)) == len(trainable), "groups must partition the parameters"
     groups = [
         {"name": "A", "params": group_a, "lr": learning_rate},
         {"name": "B", "params": group_b, "lr": learning_rate * lr_ratio},
+        {"name": "head", "params": head, "lr": head_learning_rate or learning_rate},
     ]
     return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
 
@@ -43,13 +54,18 @@ def build_optimizer(
     learning_rate: float,
     lr_ratio: float = 1.0,
     weight_decay: float = 0.0,
+    head_learning_rate: float | None = None,
 ) -> Optimizer:
     """AdamW (fused), SGD (no momentum) or Adafactor (constant rate, no parameter scaling).
 
     Each group keeps its peak rate as "initial_lr", which schedules multiply.
     """
     groups = parameter_groups(
-        model, learning_rate=learning_rate, lr_ratio=lr_ratio, weight_decay=weight_decay
+        model,
+        learning_rate=learning_rate,
+        lr_ratio=lr_ratio,
+        weight_decay=weight_decay,
+        head_learning_rate=head_learning_rate,
     )
     for group in groups:
         group["initial_lr"] = group["lr"]

@@ -67,9 +67,23 @@ class PeakMeter:
             if parameter.grad is not None:
                 yield parameter.grad
         yield from self._model.buffers()
+        yield from _quantisation_scales(self._model)
         for value in chain.from_iterable(s.values() for s in self._optimizer.state.values()):
             if isinstance(value, Tensor):
                 yield value
+
+
+def _quantisation_scales(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside the weights, neither as parameters nor as buffers."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        for holder in (weight, getattr(module, "state", None)):
+            scales = getattr(holder, "SCB", None)  # of 8 bit; moved at the first forward pass
+            if isinstance(scales, Tensor):
+                yield scales
+        state = getattr(weight, "quant_state", None)  # of 4 bit; state2: the scales' own
+        for part in (state, getattr(state, "state2", None)):
+            yield from (v for v in getattr(part, "__dict__", {}).values() if isinstance(v, Tensor))
 
 
 class _Change(NamedTuple):

@@ -20,8 +20,10 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
+from rsauto.config import TaskType
 from rsauto.memory.caching import reserved_bytes
 from rsauto.memory.trace import StepShape, StepTrace, trace_step
+from rsauto.quantisation import Bits
 from rsauto.scaling import OptimizerName
 
 Targets = str | tuple[str, ...]
@@ -132,6 +134,10 @@ class MemoryPlanner:
         train_length: int,
         eval_length: int,
         device_type: str = "cpu",
+        task: TaskType = "CAUSAL_LM",
+        has_token_types: bool = False,
+        quant_bits: Bits | None = None,
+        adapter_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if device_type not in GRANULE_BYTES:
             raise ValueError(f"device_type must be 'cpu' or 'cuda', but got {device_type!r}.")
@@ -142,6 +148,10 @@ class MemoryPlanner:
         self._train_length = train_length
         self._eval_length = eval_length
         self._device_type = device_type
+        self._task = task
+        self._has_token_types = has_token_types
+        self._quant_bits = quant_bits
+        self._adapter_dtype = adapter_dtype
         self._profiles: dict[StepShape, RankProfile] = {}
 
     def predict(
@@ -175,6 +185,10 @@ class MemoryPlanner:
             train_length=self._train_length,
             eval_length=self._eval_length,
             device_type=self._device_type,
+            task=self._task,
+            has_token_types=self._has_token_types,
+            quant_bits=self._quant_bits,
+            adapter_dtype=self._adapter_dtype,
         )
         return self._profile(shape).predict(rank, shape)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class StorageRecorder(TorchDispatchMode):
                 return args[0].fake_device  # most of the calls; the long way returns the same
             if func is torch.ops.aten._local_scalar_dense.default:
                 return _stand_in_value(args[0].dtype)
-        scratch = _cast_bytes(args) if self._casts_in_kernels and _is_pointwise(func) else 0
+        scratch = _cast_bytes(func, args) if self._casts_in_kernels and _is_pointwise(func) else 0
         if scratch:
             self._stream.append((len(self._tags), scratch, self.phase))
             self._tags.append("activations")
@@ -128,15 +128,18 @@ def _is_pointwise(func: Any) -> bool:
     return torch.Tag.pointwise in func.tags
 
 
-def _cast_bytes(operands: Iterable[Any]) -> int:
+def _cast_bytes(func: Any, operands: Sequence[Any]) -> int:
     """Bytes that a pointwise CPU kernel allocates while it runs on operands of several dtypes.
 
-    TensorIterator copies operands to the common dtype on the CPU; CUDA kernels cast as they load.
+    TensorIterator copies operands to the common dtype on the CPU, an operand that is also the
+    result once for each; CUDA kernels cast as they load.
     """
     floats = [t for t in operands if isinstance(t, Tensor) and t.is_floating_point()]
     if len({t.dtype for t in floats}) < 2:
         return 0
     common = functools.reduce(torch.promote_types, (t.dtype for t in floats))
+    if func._schema.name.endswith("_"):
+        floats.append(operands[0])
     return sum(t.numel() * common.itemsize for t in floats if t.dtype != common)
 
 

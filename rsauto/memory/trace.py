@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -21,19 +21,23 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from rsauto.adapters.head import is_classifier
 from rsauto.adapters.lora import add_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
-from rsauto.base import prepare
+from rsauto.base import auto_class, prepare
+from rsauto.config import TaskType
+from rsauto.memory.quantised import follow_bitsandbytes, stand_in_for_linears
 from rsauto.memory.recorder import StorageEvent, StorageRecorder
+from rsauto.quantisation import Bits
 from rsauto.records import TrialSpec
 from rsauto.scaling import OptimizerName
 from rsauto.training.loop import clip_gradients, gradient_norms
-from rsauto.training.loss import completion_hits, summed_cross_entropy, token_mean
+from rsauto.training.loss import hits_of, summed_cross_entropy, token_mean
 
 Batch = dict[str, Tensor]
-"""input_ids, attention_mask and labels, each (batch, length)."""
+"""What the model takes, each (batch, length), and labels as in `rsauto.training.loss`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,9 @@ class StepShape:
 
     model_config: str
     """The Hugging Face configuration as JSON."""
+    quant_bits: Bits | None = None
+    """Of the base's linear layers; None where they are in `dtype`."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     dtype: torch.dtype
     """Of the base weights; adapters are float32."""
     attn_implementation: str
@@ -60,6 +67,9 @@ class StepShape:
     """Tokens of the longest evaluation sequence."""
     device_type: str
     """"cpu" or "cuda"."""
+    task: TaskType = "CAUSAL_LM"
+    has_token_types: bool = False
+    """Whether batches carry token_type_ids."""
 
     @property
     def padded(self) -> bool:
@@ -89,8 +99,8 @@ def trace_step(shape: StepShape, rank: int) -> StepTrace:
         events = record_step(
             model,
             shape,
-            train_batch=_blank_batch(shape.micro_batch_size, shape.train_length),
-            eval_batch=_blank_batch(shape.micro_batch_size, shape.eval_length),
+            train_batch=_blank_batch(shape, shape.train_length),
+            eval_batch=_blank_batch(shape, shape.eval_length),
         )
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     return StepTrace(rank=rank, num_trainable_params=num_trainable, events=events)
@@ -100,9 +110,11 @@ def build_model(shape: StepShape, rank: int) -> PeftModel:
     """The adapted model as training builds it, on the current default device."""
     fields: dict[str, Any] = json.loads(shape.model_config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(
+    model = auto_class(shape.task).from_config(
         config, dtype=shape.dtype, attn_implementation=shape.attn_implementation
     )
+    if shape.quant_bits is not None:
+        stand_in_for_linears(model, shape.quant_bits, shape.device_type)
     prepare(model, shape.gradient_checkpointing)
     spec = TrialSpec(
         role="search",
@@ -112,8 +124,11 @@ def build_model(shape: StepShape, rank: int) -> PeftModel:
         scaling_rule="rslora",
         target_modules=shape.target_modules,
         learning_rate=1e-4,
+        adapter_dtype=shape.adapter_dtype,
     )
-    return add_adapter(model, spec)
+    adapted = add_adapter(model, spec)
+    follow_bitsandbytes(adapted)
+    return adapted
 
 
 def record_step(
@@ -194,25 +209,29 @@ def _evaluate(recorder: StorageRecorder, model: PeftModel, batch: Batch) -> None
     recorder.expect_logits(_num_logits(model, batch))
     logits = _logits(model, batch)
     summed_cross_entropy(logits, batch["labels"])
-    completion_hits(logits, batch["labels"])
+    hits_of(logits, batch["labels"])
 
 
 def _logits(model: PeftModel, batch: Batch) -> Tensor:
-    """(batch, length, vocabulary)"""
-    logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits
+    """(batch, length, vocabulary), or (batch, classes)."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
     return logits
 
 
 def _num_logits(model: PeftModel, batch: Batch) -> int:
+    if is_classifier(model.get_base_model()):
+        return batch["labels"].numel() * int(model.config.num_labels)
     head: nn.Module = model.get_output_embeddings()
     return batch["labels"].numel() * head.get_parameter("weight").shape[0]
 
 
-def _blank_batch(size: int, length: int) -> Batch:
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: torch.zeros(size, length, dtype=torch.long) for name in names}
+def _blank_batch(shape: StepShape, length: int) -> Batch:
+    size = shape.micro_batch_size
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if shape.has_token_types else [])]
+    batch = {name: torch.zeros(size, length, dtype=torch.long) for name in names}
+    labels = (size,) if shape.task == "SEQ_CLS" else (size, length)
+    return {**batch, "labels": torch.zeros(labels, dtype=torch.long)}
 
 
 def _replace_meta_tensors(model: nn.Module) -> None:

@@ -7,14 +7,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rsauto.config import parse_bytes
+from rsauto.config import MINIMISED, parse_bytes
 from rsauto.errors import InputError, nearest
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
 from rsauto.report.units import bytes_text
-
-MINIMISED = frozenset({"eval_loss", "perplexity", "train_loss"})
-"""Objectives of which less is better; every other metric is taken to be better when larger."""
 
 
 def pareto(

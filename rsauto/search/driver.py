@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
+import torch
 from optuna.trial import TrialState
 
+from rsauto.adapters.head import initialise_head
 from rsauto.config import StudyConfig
 from rsauto.environment import describe_environment
 from rsauto.errors import AllTrialsFailedError, StudyInterrupted
@@ -44,8 +46,8 @@ from rsauto.search.sampler import Attempt, propose
 from rsauto.search.setup import Objects, Setup, probes, set_up
 from rsauto.search.write_up import infeasible_record, trial_card, trial_record
 from rsauto.stop import StopFlag
-from rsauto.training.evaluate import Evaluation, evaluate
-from rsauto.training.loop import Diverged
+from rsauto.training.evaluate import Evaluation
+from rsauto.training.loop import Diverged, evaluate_all
 from rsauto.training.trial import Bench, OutOfMemory, Trial
 
 KEPT_ADAPTERS = 6
@@ -117,13 +119,7 @@ class StudyRun:
         """Everything from loading the model to the published adapters."""
         yield Stage("loading the model")
         self._stop_if_asked()
-        bench = Bench(
-            model=self.setup.load_model(),
-            base_name=self.setup.source.name,
-            data=self.setup.data,
-            device=self.setup.device,
-        )
-        self._describe(bench)
+        bench = self._describe(self._bench())
         self._record_ranks_that_do_not_fit()
         yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
         # What is alive now stays alive: collections after each trial then look at little else.
@@ -233,7 +229,8 @@ class StudyRun:
         )
 
     def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
-        card = trial_card(self.config, self.setup.source.name, record)
+        labels = self.setup.data.label_names
+        card = trial_card(self.config, self.setup.source.name, record, labels)
         num_bytes = run.save(self.folder.adapter(record.number), card)
         return replace(record, adapter_bytes=num_bytes)
 
@@ -286,19 +283,33 @@ class StudyRun:
 
     # ---------------------------------------------------------------- before and around them
 
-    def _describe(self, bench: Bench) -> None:
+    def _bench(self) -> Bench:
+        loaded = self.setup.load_model()
+        return Bench(
+            model=loaded.model,
+            base_name=self.setup.source.name,
+            data=self.setup.data,
+            device=self.setup.device,
+            fresh_parameters=loaded.fresh_parameters,
+        )
+
+    def _describe(self, bench: Bench) -> Bench:
         """Measures the untouched model once, and writes environment.json."""
         if "baseline" not in self.environment:
             spec = self.setup.space.middle(self.setup.space.ranks[0])
             prediction = self.setup.predict(spec)
-            result = evaluate(
+            torch.manual_seed(self.config.training.seed)
+            initialise_head(bench.model, bench.fresh_parameters)
+            result = evaluate_all(
                 bench.model,
-                bench.data.validation,
+                bench.data,
                 batch_size=prediction.micro_batch_size if prediction else 1,
-                pad_token_id=bench.data.pad_token_id,
                 device=bench.device,
             )
-            self.environment["baseline"] = asdict(result)
+            untouched = {"forgetting": 0.0} if bench.data.general else {}
+            self.environment["baseline"] = asdict(
+                replace(result, metrics={**result.metrics, **untouched})
+            )
         self.environment.update(
             describe_environment(bench.device),
             model=self.setup.source.name,
@@ -310,6 +321,7 @@ class StudyRun:
         self.folder.write_environment(self.environment)
         baseline = Evaluation(**self.environment["baseline"])
         self.objective = Objective.of(self.config.search, baseline)
+        return replace(bench, untouched_general_loss=baseline.metrics.get("general_loss"))
 
     def _record_ranks_that_do_not_fit(self) -> None:
         """One record for every rank of the space that the budget rules out, with what it needs."""

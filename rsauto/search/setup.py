@@ -11,30 +11,36 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rsauto.adapters.head import is_classifier
 from rsauto.base import (
     BaseSource,
+    LoadedBase,
     load_weights,
     open_base,
     pick_device,
     prepare,
     to_device,
     weights_fingerprint,
+    with_labels,
 )
 from rsauto.config import StudyConfig
 from rsauto.data import (
     Preflight,
     TokenisedData,
+    general_examples,
     load_rows,
     preflight,
     splits_from_objects,
     tokenise,
+    without_token_types,
 )
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.plan import MemoryPlanner, Prediction
+from rsauto.quantisation import saved_bits
 from rsauto.records import TrialSpec
 from rsauto.report.units import bytes_text
 from rsauto.search.space import Space
-from rsauto.training.evaluate import METRICS
+from rsauto.training.evaluate import FORGETTING_METRICS, METRICS
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,11 @@ class Setup:
             clip=spec.max_grad_norm is not None,
         )
 
-    def load_model(self) -> PreTrainedModel:
+    def load_model(self) -> LoadedBase:
         """The base model on the device, frozen."""
         if self.objects.model is not None:
             checkpointing = self.config.model.gradient_checkpointing
-            return to_device(prepare(self.objects.model, checkpointing), self.device)
+            return LoadedBase(to_device(prepare(self.objects.model, checkpointing), self.device))
         return load_weights(self.source, self.config.model, self.device)
 
 
@@ -105,14 +111,20 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
     source = _source(config, objects)
     data, checks = _read_data(config, objects, source)
     _require_positions(source, data)
+    if data.label_names is not None:
+        source = _with_labels(source, objects, data)
     planner = MemoryPlanner(
         model_config=source.config,
         dtype=source.dtype,
-        attn_implementation=_attention(config, objects),
+        attn_implementation=source.attn_implementation,
         gradient_checkpointing=config.model.gradient_checkpointing,
         train_length=data.train_length,
-        eval_length=data.validation_length,
+        eval_length=max(data.validation_length, *(len(e.input_ids) for e in data.general), 1),
         device_type=device.type,
+        task=source.task,
+        has_token_types=data.train[0].token_type_ids is not None,
+        quant_bits=saved_bits(source.config) or config.model.quant_bits,
+        adapter_dtype=config.model.adapter_dtype,
     )
     setup = Setup(
         config=config,
@@ -177,13 +189,6 @@ def _feasible_ranks(setup: Setup) -> tuple[int, ...]:
         ) from None
 
 
-def _attention(config: StudyConfig, objects: Objects) -> str:
-    """How attention is computed: a loaded model has made its choice already."""
-    if objects.model is None:
-        return config.model.attn_implementation
-    return str(objects.model.config._attn_implementation)
-
-
 def _require_positions(source: BaseSource, data: TokenisedData) -> None:
     """Raises InputError when rows are longer than the model has positions for."""
     limit = getattr(source.config, "max_position_embeddings", None)
@@ -197,16 +202,44 @@ def _require_positions(source: BaseSource, data: TokenisedData) -> None:
 
 def _source(config: StudyConfig, objects: Objects) -> BaseSource:
     if objects.model is None:
-        return open_base(config.model)
+        return open_base(config.model, config.data.task)
     if objects.tokenizer is None:
         raise InputError("tokenizer: give the tokenizer together with the model.")
+    if config.model.quant_bits is not None:
+        raise InputError(
+            f"model.quant_bits: {config.model.quant_bits}, but the given model is loaded already. "
+            "Load it quantised yourself, and leave model.quant_bits out."
+        )
+    if is_classifier(objects.model) != (config.data.task == "SEQ_CLS"):
+        raise InputError(
+            f"model: a {type(objects.model).__name__} was given, but "
+            + ("data.label is not." if is_classifier(objects.model) else "data.label is, too.")
+            + " A sequence classifier and data.label belong together."
+        )
     return BaseSource(
         name=str(objects.model.config.name_or_path or "in-memory"),
         config=objects.model.config,
         tokenizer=objects.tokenizer,
         dtype=objects.model.dtype,
+        attn_implementation=str(objects.model.config._attn_implementation),
+        task=config.data.task,
         fingerprint=weights_fingerprint(objects.model),
     )
+
+
+def _with_labels(source: BaseSource, objects: Objects, data: TokenisedData) -> BaseSource:
+    """The source with the data's classes. Raises InputError where a loaded model has others."""
+    assert data.label_names is not None
+    if objects.model is None:
+        return with_labels(source, data.label_names, data.pad_token_id)
+    if source.config.num_labels != len(data.label_names):
+        raise InputError(
+            f"model: it was loaded with num_labels={source.config.num_labels}, but the data have "
+            f"{len(data.label_names)} classes. Load it with num_labels={len(data.label_names)}."
+        )
+    if source.config.pad_token_id is None:
+        source.config.pad_token_id = data.pad_token_id
+    return source
 
 
 def _read_data(
@@ -217,6 +250,12 @@ def _read_data(
     else:
         splits = splits_from_objects(objects.train, objects.validation, config.data)
     data = tokenise(splits, config.data, source.tokenizer)
+    if getattr(source.config, "type_vocab_size", 0) < 2:
+        data = without_token_types(data)
+    if config.data.forgetting is not None:
+        longest = max(data.train_length, data.validation_length)
+        general = general_examples(config.data.forgetting, source.tokenizer, longest)
+        data = replace(data, general=general)
     return data, preflight(splits, data, config.data, source.tokenizer)
 
 
@@ -229,7 +268,9 @@ def _steps(config: StudyConfig, data: TokenisedData) -> int:
 
 
 def _check_objective(config: StudyConfig) -> None:
-    known = ("eval_loss", *METRICS)
+    known = ("eval_loss", *METRICS[config.data.task])
+    if config.data.forgetting is not None:
+        known += FORGETTING_METRICS
     if config.search.objective not in known:
         raise InputError(
             f"search.objective: {config.search.objective!r} is not measured. "

@@ -207,6 +207,11 @@ class Space:
         training = self.config.training
         return replace(
             spec,
+            head_learning_rate=(
+                training.head_learning_rate if self.config.data.task == "SEQ_CLS" else None
+            ),
+            adapter_dtype=self.config.model.adapter_dtype,
+            quant_bits=self.config.model.quant_bits,
             optimizer=training.optimizer,
             schedule=training.schedule,
             warmup_share=training.warmup_share,

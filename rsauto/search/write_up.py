@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,8 +18,9 @@ from rsauto.training.trial import Trial
 _FROM_SPEC = (
     "role", "method", "rank", "init_rank", "target_rank", "alpha", "scaling_rule",
     "scaling_exponent", "init_scale", "target_modules", "learning_rate", "lr_ratio",
-    "lambda_lr_ratio", "optimizer", "schedule", "warmup_share", "weight_decay", "max_grad_norm",
-    "batch_size", "micro_batch_size", "max_length", "num_evals", "seed", "retry_of",
+    "lambda_lr_ratio", "head_learning_rate", "adapter_dtype", "quant_bits", "optimizer",
+    "schedule", "warmup_share", "weight_decay", "max_grad_norm", "batch_size",
+    "micro_batch_size", "max_length", "num_evals", "seed", "retry_of",
 )  # fmt: skip
 
 
@@ -80,14 +82,24 @@ def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> Tri
     )
 
 
-def trial_card(config: StudyConfig, base_name: str, record: TrialRecord) -> str:
+def trial_card(
+    config: StudyConfig,
+    base_name: str,
+    record: TrialRecord,
+    label_names: Sequence[str] | None = None,
+) -> str:
     """The adapter's README.md: what it is, how it was trained, how to load it."""
+    is_classifier = config.data.task == "SEQ_CLS"
     data = ModelCardData(
         base_model=None if "/" not in base_name else base_name,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if is_classifier else "text-generation",
         tags=["lora", "rsauto"],
     )
+    base = f"quantised to {record.quant_bits} bits, " if record.quant_bits else ""
+    head = ""
+    if record.head_learning_rate is not None:
+        head = f"| learning rate of the head | {record.head_learning_rate:g} |\n"
     metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
     content = f"""---
 {data.to_yaml()}
@@ -95,7 +107,7 @@ def trial_card(config: StudyConfig, base_name: str, record: TrialRecord) -> str:
 # LoRA adapter, rank {record.rank}
 
 Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
-`{base_name}`.
+`{base_name}`, {base}with seed {record.seed}.
 
 The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = \
 {record.gamma_r:.6g} it was trained with is folded into B.
@@ -105,20 +117,35 @@ The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = 
 | method | {record.method} |
 | rank, alpha | {record.rank}, {record.alpha} |
 | learning rate (A), lr_ratio (B/A) | {record.learning_rate:g}, {record.lr_ratio:g} |
+{head}\
 | optimizer, schedule | {record.optimizer}, {record.schedule} |
 | steps x batch size | {record.steps} x {record.batch_size} |
-| seed | {record.seed} |
 
 | on the validation rows | |
 |---|---|
 | eval_loss | {record.eval_loss:.4f} |
 {metrics}
 ```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+{_loading_code(base_name, label_names)}
 ```
 """
     return str(ModelCard(content))
+
+
+def _loading_code(base_name: str, label_names: Sequence[str] | None) -> str:
+    """Python that puts the adapter on its base model."""
+    auto, options = "AutoModelForCausalLM", ""
+    if label_names is not None:
+        auto = "AutoModelForSequenceClassification"
+        options = f", id2label={dict(enumerate(label_names))!r}"
+    name = repr(base_name)
+    imports = f"from peft import PeftModel\nfrom transformers import {auto}\n"
+    if base_name == "embedded":
+        name = "MODEL_DIR"
+        imports += "\nfrom rsauto.embedded import MODEL_DIR\n"
+    return f"""{imports}
+base = {auto}.from_pretrained({name}{options})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 
 def now() -> str:

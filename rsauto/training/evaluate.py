@@ -1,4 +1,4 @@
-"""How good a model is on the validation rows: loss, perplexity, exact match."""
+"""How good a model is on rows it was not trained on: the loss, and the metrics of its task."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rsauto.config import TaskType
 from rsauto.data import Example, collate, evaluation_batches
 from rsauto.memory.measure import PeakMeter
-from rsauto.training.loss import completion_hits, summed_cross_entropy
+from rsauto.training.loss import hits_of, summed_cross_entropy
 
-METRICS = ("perplexity", "token_accuracy", "exact_match")
+METRICS: dict[TaskType, tuple[str, ...]] = {
+    "CAUSAL_LM": ("perplexity", "token_accuracy", "exact_match"),
+    "SEQ_CLS": ("accuracy", "f1", "matthews"),
+}
 """What every evaluation reports beside eval_loss."""
+
+FORGETTING_METRICS = ("general_loss", "forgetting")
+"""The loss on a text that is not trained on, and its rise over the untouched model's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     eval_loss: float
-    """Mean over all counted tokens of the split, in nats."""
+    """Mean over all counted tokens (or sequences) of the split, in nats."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -35,28 +43,17 @@ def evaluate(
     device: torch.device,
     meter: PeakMeter | None = None,
 ) -> Evaluation:
-    """Loss and metrics over ``examples``.
-
-    exact_match is the share of rows whose every counted token is the most likely one given the
-    true tokens before it. That is exactly when greedy decoding reproduces the completion, its
-    end included: the first wrong token would change both.
-    """
+    """Loss and metrics over ``examples``, which are all of one task."""
     was_training = model.training
     model.eval()
-    loss_sum, num_hits, num_targets, num_exact = 0.0, 0, 0, 0
+    tally: Tally = TokenTally() if examples[0].label is None else ClassTally()
     for index, batch_examples in enumerate(evaluation_batches(examples, batch_size)):
         # The longest rows come first, so the first batch is the one that needs most memory.
         with watching(meter, index == 0):
             batch = collate(batch_examples, pad_token_id).to(device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            loss_sum += float(summed_cross_entropy(logits, batch.labels))
-            hits, counted = completion_hits(logits, batch.labels)
-        num_hits += int(hits.sum())
-        num_targets += int(counted.sum())
-        num_exact += int((hits == counted).all(dim=1).sum())
-        del logits, hits, counted
+            tally.add(model(**batch.inputs()).logits, batch.labels)
     model.train(was_training)
-    return _summary(loss_sum / num_targets, num_hits / num_targets, num_exact / len(examples))
+    return tally.evaluation()
 
 
 def watching(meter: PeakMeter | None, heavy: bool) -> AbstractContextManager[None]:
@@ -64,13 +61,76 @@ def watching(meter: PeakMeter | None, heavy: bool) -> AbstractContextManager[Non
     return nullcontext() if meter is None else meter.watch(heavy)
 
 
-def _summary(eval_loss: float, token_accuracy: float, exact_match: float) -> Evaluation:
-    perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
-    return Evaluation(
-        eval_loss=eval_loss,
-        metrics={
-            "perplexity": perplexity,
-            "token_accuracy": token_accuracy,
-            "exact_match": exact_match,
-        },
-    )
+class Tally(Protocol):
+    """Sums up batches; logits and labels have the shapes of `rsauto.training.loss`."""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None: ...
+
+    def evaluation(self) -> Evaluation: ...
+
+
+class TokenTally:
+    """Of a causal language model.
+
+    exact_match is the share of rows whose every counted token is the most likely one given the
+    true tokens before it. That is exactly when greedy decoding reproduces the completion, its
+    end included: the first wrong token would change both.
+    """
+
+    def __init__(self) -> None:
+        self._loss_sum = 0.0
+        self._num_hits = self._num_targets = self._num_exact = self._num_rows = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self._loss_sum += float(summed_cross_entropy(logits, labels))
+        hits, counted = hits_of(logits, labels)
+        self._num_hits += int(hits.sum())
+        self._num_targets += int(counted.sum())
+        self._num_exact += int((hits == counted).all(dim=1).sum())
+        self._num_rows += len(labels)
+
+    def evaluation(self) -> Evaluation:
+        loss = self._loss_sum / self._num_targets
+        return Evaluation(
+            eval_loss=loss,
+            metrics={
+                "perplexity": math.exp(loss) if loss < 700 else math.inf,
+                "token_accuracy": self._num_hits / self._num_targets,
+                "exact_match": self._num_exact / self._num_rows,
+            },
+        )
+
+
+class ClassTally:
+    """Of a sequence classifier.
+
+    f1 is that of class 1 where there are two classes, and the mean over all classes (macro) where
+    there are more; matthews is Matthews' correlation coefficient. Both as scikit-learn has them.
+    """
+
+    def __init__(self) -> None:
+        self._loss_sum = 0.0
+        self._num_classes = 0
+        self._predicted: list[int] = []
+        self._true: list[int] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self._loss_sum += float(summed_cross_entropy(logits, labels))
+        self._num_classes = logits.shape[-1]
+        self._predicted += logits.argmax(-1).tolist()
+        self._true += labels.tolist()
+
+    def evaluation(self) -> Evaluation:
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        pair = (self._true, self._predicted)
+        averaging = "binary" if self._num_classes == 2 else "macro"
+        classes = list(range(self._num_classes))
+        return Evaluation(
+            eval_loss=self._loss_sum / len(self._true),
+            metrics={
+                "accuracy": float(accuracy_score(*pair)),
+                "f1": float(f1_score(*pair, labels=classes, average=averaging, zero_division=0.0)),
+                "matthews": float(matthews_corrcoef(*pair)),
+            },
+        )

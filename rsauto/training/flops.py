@@ -26,7 +26,14 @@ def linear_weights(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             if module.weight.requires_grad:
-                trainable += module.weight.numel()
+                trainable += _num_weights(module)
             else:
-                frozen += module.weight.numel()
+                frozen += _num_weights(module)
     return frozen, trainable
+
+
+def _num_weights(layer: nn.Linear | Conv1D) -> int:
+    """By the layer's shape: weights in 4 bit are stored two in one number."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    return layer.weight.numel()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from rsauto.adapters.lora import trainable_parameters
 from rsauto.data import TokenisedData, batch_plan, collate, micro_batches, padded_tokens
 from rsauto.memory.measure import PeakMeter
 from rsauto.records import EvalPoint, StepPoint, TrialSpec
-from rsauto.training.evaluate import evaluate, watching
+from rsauto.training.evaluate import Evaluation, evaluate, watching
 from rsauto.training.loss import count_targets, summed_cross_entropy, token_mean
 from rsauto.training.schedule import evaluation_steps, rate_multiplier, warmup_steps
 
@@ -34,16 +36,19 @@ def train(
     *,
     device: torch.device,
     meter: PeakMeter | None = None,
+    untouched_general_loss: float | None = None,
 ) -> Iterator[StepPoint]:
     """Trains the adapter of ``model`` as ``spec`` says, yielding once per optimizer step.
 
     The data order depends on ``spec.seed`` alone, so trials of one seed see the same batches.
+    ``untouched_general_loss`` is the base model's loss on ``data.general``, from which forgetting
+    is measured.
     Raises Diverged at the first loss or gradient that is not finite.
     """
     assert spec.micro_batch_size is not None, "the planner chooses it before training"
     parameters = list(trainable_parameters(model).values())
     order = batch_plan(len(data.train), spec.batch_size, spec.steps, spec.seed)
-    steps = [micro_batches(indices, spec.micro_batch_size) for indices in order]
+    steps = [cut(indices, data, spec.micro_batch_size) for indices in order]
     evaluate_after = evaluation_steps(spec.steps, spec.num_evals)
     watched = watched_steps(steps, data, evaluate_after)
     losses: list[float] = []
@@ -70,7 +75,17 @@ def train(
 
         evaluation = None
         if step in evaluate_after:
-            evaluation = eval_point(model, data, spec, device, meter, step, losses, norms)
+            first = step == evaluate_after[0]
+            found = evaluate_all(
+                model,
+                data,
+                batch_size=spec.micro_batch_size,
+                device=device,
+                meter=meter if first else None,
+                untouched_general_loss=untouched_general_loss,
+            )
+            require_finite(step, found.eval_loss, "validation loss")
+            evaluation = eval_point(step, found, losses, norms)
             losses, norms = [], []
         yield StepPoint(
             step=step,
@@ -83,13 +98,23 @@ def train(
         )
 
 
+def cut(indices: Sequence[int], data: TokenisedData, size: int) -> Sequence[Sequence[int]]:
+    """A global batch in micro-batches of ``size``, rows of like length together, longest first.
+
+    Less padding is computed, and the gradient is the same however the batch is cut.
+    """
+    if len(indices) > size:
+        indices = sorted(indices, key=lambda index: -len(data.train[index].input_ids))
+    return micro_batches(indices, size)
+
+
 def accumulate_gradients(
     model: nn.Module,
     parts: Sequence[Sequence[int]],
     data: TokenisedData,
     device: torch.device,
 ) -> float:
-    """Backward over one global batch; returns its mean loss per counted token.
+    """Backward over one global batch; returns its mean loss per counted token (or sequence).
 
     ``parts`` are the micro-batches, as indices of training examples.
 
@@ -101,7 +126,7 @@ def accumulate_gradients(
     total = 0.0
     for batch in batches:
         batch = batch.to(device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(**batch.inputs()).logits
         loss = token_mean(summed_cross_entropy(logits, batch.labels), num_targets)
         del logits  # the graph keeps what backward needs; a second reference would keep the rest
         loss.backward()
@@ -163,30 +188,35 @@ def watched_steps(
 
 
 def eval_point(
-    model: nn.Module,
-    data: TokenisedData,
-    spec: TrialSpec,
-    device: torch.device,
-    meter: PeakMeter | None,
-    step: int,
-    losses: Sequence[float],
-    norms: Sequence[float],
+    step: int, found: Evaluation, losses: Sequence[float], norms: Sequence[float]
 ) -> EvalPoint:
-    """Evaluates, and sums up the steps since the last evaluation. Raises Diverged."""
-    assert spec.micro_batch_size is not None
-    result = evaluate(
-        model,
-        data.validation,
-        batch_size=spec.micro_batch_size,
-        pad_token_id=data.pad_token_id,
-        device=device,
-        meter=meter if step == evaluation_steps(spec.steps, spec.num_evals)[0] else None,
-    )
-    require_finite(step, result.eval_loss, "validation loss")
+    """An evaluation, with the means of the steps since the one before."""
     return EvalPoint(
         step=step,
         train_loss=sum(losses) / len(losses),
-        eval_loss=result.eval_loss,
+        eval_loss=found.eval_loss,
         grad_norm=sum(norms) / len(norms),
-        metrics=result.metrics,
+        metrics=found.metrics,
     )
+
+
+def evaluate_all(
+    model: nn.Module,
+    data: TokenisedData,
+    *,
+    batch_size: int,
+    device: torch.device,
+    meter: PeakMeter | None = None,
+    untouched_general_loss: float | None = None,
+) -> Evaluation:
+    """The validation rows and, where there is one, the general text: its loss, and its rise."""
+    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "meter": meter}
+    pad = data.pad_token_id
+    found = evaluate(model, data.validation, pad_token_id=pad, **where)
+    if not data.general:
+        return found
+    general_loss = evaluate(model, data.general, pad_token_id=pad, **where).eval_loss
+    metrics = {**found.metrics, "general_loss": general_loss}
+    if untouched_general_loss is not None:
+        metrics["forgetting"] = general_loss - untouched_general_loss
+    return replace(found, metrics=metrics)

@@ -1,7 +1,8 @@
 """The loss every trial is trained and compared on, in one place.
 
 Shapes: logits (batch, length, vocabulary), labels (batch, length) with IGNORED where a token does
-not count. Position t predicts the token at t + 1.
+not count; position t predicts the token at t + 1. For sequence classification: logits (batch,
+classes), labels (batch,), and every sequence counts.
 """
 
 from __future__ import annotations
@@ -22,26 +23,33 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def targets_of(labels: Tensor) -> Tensor:
+    """What the logits are compared to, in the shape of the labels."""
+    return labels if labels.ndim == 1 else next_token_targets(labels)
+
+
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over counted tokens of -log p(token), in nats, computed in float32. A scalar."""
-    targets = next_token_targets(labels)
+    """Sum over counted targets of -log p(target), in nats, computed in float32. A scalar."""
     return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.float().flatten(0, -2),
+        targets_of(labels).flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
 
 
 def count_targets(labels: Tensor) -> int:
-    """Number of tokens that count in `summed_cross_entropy`."""
-    return int((next_token_targets(labels) != IGNORED).sum())
+    """Number of tokens, or sequences, that count in `summed_cross_entropy`."""
+    return int((targets_of(labels) != IGNORED).sum())
 
 
-def completion_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(hits, counted), both boolean (batch, length): argmax right, and position counts."""
-    targets = next_token_targets(labels)
+def hits_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(hits, counted), both boolean in the shape of the labels: argmax right, and target counts."""
+    targets = targets_of(labels)
     counted = targets != IGNORED
     return (logits.argmax(-1) == targets) & counted, counted
 
 
 def token_mean(loss_sum: Tensor, num_targets: int | Tensor) -> Tensor:
-    """Mean loss per counted token; the whole global batch shares one denominator."""
+    """Mean loss per counted target; the whole global batch shares one denominator."""
     return loss_sum / torch.as_tensor(num_targets, device=loss_sum.device)

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rsauto.adapters.export import save_adapter
+from rsauto.adapters.head import initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
 from rsauto.data import TokenisedData
@@ -42,6 +43,10 @@ class Bench:
     base_name: str
     data: TokenisedData
     device: torch.device
+    fresh_parameters: tuple[str, ...] = ()
+    """Of a classifier's head: not in the checkpoint, drawn anew by every trial from its seed."""
+    untouched_general_loss: float | None = None
+    """The model's loss on `data.general` as it is."""
 
 
 class Trial:
@@ -89,11 +94,18 @@ class Trial:
                 learning_rate=self.spec.learning_rate,
                 lr_ratio=self.spec.lr_ratio,
                 weight_decay=self.spec.weight_decay,
+                head_learning_rate=self.spec.head_learning_rate,
             )
             device = self.bench.device
             self._meter = PeakMeter(device, adapted, optimizer)
             points = train(
-                adapted, optimizer, self.bench.data, self.spec, device=device, meter=self._meter
+                adapted,
+                optimizer,
+                self.bench.data,
+                self.spec,
+                device=device,
+                meter=self._meter,
+                untouched_general_loss=self.bench.untouched_general_loss,
             )
             for point in points:
                 self.last = point
@@ -132,6 +144,7 @@ class Trial:
 
     def _put_on_adapter(self) -> PeftModel:
         torch.manual_seed(self.spec.seed)
+        initialise_head(self.bench.model, self.bench.fresh_parameters)
         self._adapted = add_adapter(self.bench.model, self.spec)
         self._adapted.to(self.bench.device)
         return self._adapted
