@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +78,39 @@ def study(
         sets = [f"{key}={value}" for key, value in options.items() if value is not None]
         loaded = study_file.load(config, preset=preset, sets=[*(set_ or ()), *sets])
         _run(loaded, out or Path("runs") / loaded.name, storage, as_json)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or embedded.")] = "embedded",
+    data: Annotated[str, typer.Option(help="Hub id, file, folder, or embedded.")] = "embedded",
+    out: Annotated[Path, typer.Option(help="Study file to write.")] = Path("study.yaml"),
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of the class, to train a classifier.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, for chats and a model without a template.")
+    ] = None,
+    memory_budget: Annotated[str, typer.Option(help="Such as 24GiB.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the study file.")] = False,
+) -> None:
+    """Look at a model and a dataset, and write a study file with a reason for every line."""
+    with _errors_shown():
+        typer.echo("loading libraries ...", err=True)
+        _quieten_libraries()
+        from rsauto.suggest import Wishes, write_study
+
+        wishes = Wishes(
+            model=model,
+            data=data,
+            subset=subset,
+            label=label,
+            chat_template=chat_template,
+            memory_budget=memory_budget,
+        )
+        for line in write_study(wishes, out, force=force):
+            typer.echo(line)
 
 
 @app.command()
@@ -154,6 +188,8 @@ def _quieten_libraries() -> None:
     """Progress bars and notes of the libraries would tear the live display."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # bitsandbytes, where installed, warns on import of kernels that training has no use for.
+    getLogger("bitsandbytes").setLevel(ERROR)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
