@@ -64,10 +64,13 @@ def test_every_option_of_the_readme_is_an_option() -> None:
     assert all(option in text for option in named)
 
 
-def test_the_example_study_is_valid() -> None:
-    (example,) = code_blocks("yaml")
-    config = StudyConfig.model_validate({"name": "gsm8k", **yaml.safe_load(example)})
+def test_every_example_of_a_study_file_is_valid() -> None:
+    whole, *parts = code_blocks("yaml")
+    config = StudyConfig.model_validate({"name": "gsm8k", **yaml.safe_load(whole)})
     assert config.memory_budget == 24 * 2**30
+    assert len(parts) == 4
+    for part in parts:
+        StudyConfig.model_validate(yaml.safe_load(part))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
