@@ -219,7 +219,10 @@ def train(model: LlamaForCausalLM, sequences: Tensor, config: PretrainConfig) ->
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 200 == 0:
-            print(f"step {step:5d}  loss {losses[-1]:.3f}  {time.monotonic() - started:.0f} s")
+            print(
+                f"step {step:5d}  loss {losses[-1]:.3f}  {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     tail = losses[-max(1, config.num_steps // 10) :]
     return sum(tail) / len(tail)
 
@@ -243,10 +246,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_provenance(out: Path, command: str, facts: dict[str, Any]) -> None:
+def write_provenance(
+    out: Path, command: str, facts: dict[str, Any], *, script: str = "rsauto/embedded/pretrain.py"
+) -> None:
     """Write `facts`, the libraries and the hash of every file beside it to `PROVENANCE.json`."""
     record = {
-        "script": "rsauto/embedded/pretrain.py",
+        "script": script,
         "command": command,
         **facts,
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers")},

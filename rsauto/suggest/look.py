@@ -16,8 +16,7 @@ from rsauto.config import DataConfig, StudyConfig, TaskType
 from rsauto.data import load_rows, tokenise
 from rsauto.data.chat_tokens import ChatTemplate
 from rsauto.data.files import Table, extension, stem
-from rsauto.data.load import split_loaders
-from rsauto.data.load import is_test
+from rsauto.data.load import is_test, split_loaders
 from rsauto.errors import InputError
 from rsauto.search.setup import memory_budget_bytes
 from rsauto.study_file import validate
