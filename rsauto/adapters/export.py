@@ -56,12 +56,15 @@ def _put_in_place(new: Path, folder: Path) -> None:
 
 
 def scale_one_tensors(adapted: PeftModel) -> dict[str, Tensor]:
-    """Adapter tensors in PEFT's naming with gamma_r B in place of B: Delta W = B A."""
+    """Adapter tensors in PEFT's naming with gamma_r B in place of B: Delta W = B A.
+
+    In float32, also where they were trained in bfloat16, which would round gamma_r B.
+    """
     scales = {layer.scaling[ADAPTER_NAME] for layer in lora_layers(adapted)}
     assert len(scales) == 1, f"one factor for every module is assumed, got {sorted(scales)}"
     factor = scales.pop()
     return {
-        name: (tensor * factor if "lora_B" in name else tensor).detach().cpu().contiguous()
+        name: (tensor.float() * (factor if "lora_B" in name else 1.0)).detach().cpu().contiguous()
         for name, tensor in get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME).items()
     }
 

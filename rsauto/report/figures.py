@@ -286,7 +286,7 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     return Panel(
         key="learning_rate",
         title=f"Every rank's learning rate: {name} against it",
-        caption="Full-length trials, one line a method and rank. Where the lowest point is at the "
+        caption="Full-length trials, one line a method and rank. Where the best point is at the "
         f"end of a line, a wider range of learning rates may do better. {_AT_THE_EDGE}",
         x_label="learning rate",
         y_label=name,

@@ -160,8 +160,7 @@ def judge(
 
 def gain_over(new: Standing, old: Standing, noise: Noise | None, *, minimize: bool) -> Gain:
     """How much better ``new`` is than ``old``, with the interval that their seeds allow."""
-    sign = 1.0 if minimize else -1.0
-    difference = sign * (old.objective - new.objective)
+    difference = old.objective - new.objective if minimize else new.objective - old.objective
     return Gain(
         difference=difference,
         half_width=None if noise is None else noise.half_width(new.num_seeds, old.num_seeds),

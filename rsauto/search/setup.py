@@ -113,6 +113,7 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
     _require_positions(source, data)
     if data.label_names is not None:
         source = _with_labels(source, objects, data)
+    quant_bits = saved_bits(source.config) or config.model.quant_bits
     planner = MemoryPlanner(
         model_config=source.config,
         dtype=source.dtype,
@@ -123,7 +124,7 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
         device_type=device.type,
         task=source.task,
         has_token_types=data.train[0].token_type_ids is not None,
-        quant_bits=saved_bits(source.config) or config.model.quant_bits,
+        quant_bits=quant_bits,
         adapter_dtype=config.model.adapter_dtype,
     )
     setup = Setup(
@@ -135,7 +136,9 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
         preflight=checks,
         planner=planner,
         memory_budget_bytes=memory_budget_bytes(config, device),
-        space=Space(config, config.search.ranks, _steps(config, data), config.data.max_length),
+        space=Space(
+            config, config.search.ranks, _steps(config, data), config.data.max_length, quant_bits
+        ),
     )
     return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
 
@@ -166,7 +169,8 @@ def feasible_ranks(setup: Setup) -> tuple[int, ...]:
             f"The smallest, rank {smallest.rank}, needs "
             f"{bytes_text(setup.planner.needed_bytes(smallest))} at micro_batch_size "
             f"{smallest.micro_batch_size}. Raise memory_budget, or lower search.rank, "
-            "data.max_length or model.dtype, or turn on model.gradient_checkpointing."
+            "data.max_length or model.dtype, turn on model.gradient_checkpointing, or set "
+            "model.quant_bits: 4."
         )
     return fitting
 

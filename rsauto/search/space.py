@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import (
     BaseDistribution,
@@ -45,6 +45,8 @@ class Space:
     steps: int
     """Optimizer steps of a full-length trial."""
     max_length: int
+    quant_bits: Literal[4, 8] | None = None
+    """Of the base model, however it came to them."""
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """What the sampler chooses; a setting with one value is not part of the search."""
@@ -211,7 +213,7 @@ class Space:
                 training.head_learning_rate if self.config.data.task == "SEQ_CLS" else None
             ),
             adapter_dtype=self.config.model.adapter_dtype,
-            quant_bits=self.config.model.quant_bits,
+            quant_bits=self.quant_bits,
             optimizer=training.optimizer,
             schedule=training.schedule,
             warmup_share=training.warmup_share,
