@@ -15,8 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rsauto.adapters.head import head_module_names
+from rsauto.architecture import architecture_of, attention_of, auto_class, pad_like
 from rsauto.checkpoint import require_model_folder
 from rsauto.config import ModelConfig, TaskType
 from rsauto.embedded import MODEL_DIR
@@ -85,7 +84,7 @@ def open_base(config: ModelConfig, task: TaskType = "CAUSAL_LM") -> BaseSource:
     location = _location(config)
     commit = _commit(config, location)
     model_config = _read(AutoConfig, config, location, commit)
-    architecture = _architecture(config, model_config, task)
+    architecture = architecture_of(config.name, model_config, task)
     require_loadable(config.name, config.quant_bits, model_config)
     switch_off_dropout(model_config)
     return BaseSource(
@@ -93,7 +92,7 @@ def open_base(config: ModelConfig, task: TaskType = "CAUSAL_LM") -> BaseSource:
         config=model_config,
         tokenizer=_read(AutoTokenizer, config, location, commit),
         dtype=_dtype(config, model_config),
-        attn_implementation=_attention(config, architecture),
+        attn_implementation=attention_of(architecture, config.attn_implementation),
         task=task,
         fingerprint=commit or _fingerprint(location, model_config),
         commit=commit,
@@ -105,10 +104,7 @@ def with_labels(source: BaseSource, names: Sequence[str], pad_token_id: int) -> 
     config = copy.deepcopy(source.config)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    if config.pad_token_id is None or not _is_encoder(config):
-        # Decoders find the last token of a row, whose logits count, by the padding after it.
-        # Encoders number positions from their own padding token, which must stay as it is.
-        config.pad_token_id = pad_token_id
+    pad_like(config, pad_token_id)
     return replace(source, config=config)
 
 
@@ -157,11 +153,6 @@ def _quantised_loading(
     kept = unquantised_modules(skeleton, head_module_names(skeleton))
     settings = loading_settings(config.quant_bits, source.dtype, kept)
     return {"device_map": {"": device}, "quantization_config": settings}
-
-
-def auto_class(task: TaskType) -> Any:
-    """transformers' class that builds the models of a task."""
-    return AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
 
 
 def _absent_parameters(model: PreTrainedModel, found: dict[str, Any]) -> tuple[str, ...]:
@@ -294,57 +285,6 @@ def _read(kind: Any, config: ModelConfig, location: str, commit: str | None) -> 
         raise InputError(
             f"model.name: no {what} of {config.name!r} could be read: {_first(error)} {advice}."
         ) from None
-
-
-def _architecture(
-    config: ModelConfig, model_config: PretrainedConfig, task: TaskType
-) -> type[PreTrainedModel]:
-    """The class that does the task. Raises InputError where the architecture has none."""
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = f"model.name: {config.name!r} is a {model_config.model_type} model, which has no"
-    if task == "SEQ_CLS":
-        if type(model_config) not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise InputError(
-                f"{kind} sequence classifier in transformers. Choose another, such as a BERT, "
-                "RoBERTa, ModernBERT, Llama or Qwen model, or take data.label away."
-            )
-        return _class_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, model_config)
-    # An encoder with a language model's head would see the very tokens that it is to predict.
-    if _is_encoder(model_config) or type(model_config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(
-            f"{kind} causal language model. Choose a decoder such as Llama, Qwen, Mistral or "
-            "GPT-2; or, to classify texts, name the column of the class: data.label."
-        )
-    return _class_of(auto.MODEL_FOR_CAUSAL_LM_MAPPING, model_config)
-
-
-def _is_encoder(model_config: PretrainedConfig) -> bool:
-    """Whether attention looks both ways, as in BERT, and the model predicts masked tokens."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    one_way = model_config.is_encoder_decoder or getattr(model_config, "is_decoder", False)
-    return type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not one_way
-
-
-def _class_of(mapping: Any, model_config: PretrainedConfig) -> type[PreTrainedModel]:
-    found = mapping[type(model_config)]
-    first: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-    return first
-
-
-def _attention(config: ModelConfig, architecture: type[PreTrainedModel]) -> str:
-    """'auto' resolved. Raises InputError for one that the architecture does not have."""
-    asked = config.attn_implementation
-    has_sdpa = architecture._supports_sdpa
-    if asked == "auto":
-        return "sdpa" if has_sdpa else "eager"
-    if not {"sdpa": has_sdpa, "flash_attention_2": architecture._supports_flash_attn}.get(asked, 1):
-        raise InputError(
-            f"model.attn_implementation: {asked!r}, but {architecture.__name__} has none in "
-            "transformers. Set it to auto or eager."
-        )
-    return asked
 
 
 def _dtype(config: ModelConfig, model_config: PretrainedConfig) -> torch.dtype:

@@ -60,18 +60,28 @@ def llama() -> PreTrainedModel:
 def distilbert() -> PreTrainedModel:
     return DistilBertForSequenceClassification(
         DistilBertConfig(
-            vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48,
-            max_position_embeddings=40, num_labels=3,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
+            max_position_embeddings=40,
+            num_labels=3,
+        )
     )
 
 
 def gpt2() -> PreTrainedModel:
     return GPT2ForSequenceClassification(
         GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=40, num_labels=3,
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=40,
+            num_labels=3,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 

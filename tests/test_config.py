@@ -102,7 +102,11 @@ def test_any_number_of_bytes_is_kept(num_bytes: int) -> None:
         ("search", {"within": 1}, "must be less than 1"),
         ("search", {"objective": ""}, "must not be empty"),
         ("search", {"target_modules": []}, "search.target_modules: must not be empty"),
-        ("data", {"text": "{a}", "prompt": "{b}", "completion": "{c}"}, "give one of text or prompt and completion"),
+        (
+            "data",
+            {"text": "{a}", "prompt": "{b}", "completion": "{c}"},
+            "give one of text or prompt and completion",
+        ),
         ("data", {"prompt": "{b}"}, "prompt and completion belong together"),
         ("data", {"completion": "{b}"}, "prompt and completion belong together"),
         ("data", {"validation_split": "a", "validation_file": "b"}, "not both"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_study import study_values
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
@@ -20,7 +21,6 @@ from rsauto.search.setup import set_up
 from rsauto.study_file import validate
 from rsauto.training.loop import evaluate_all
 from rsauto.training.trial import Bench, Trial
-from tiny_study import study_values
 
 CPU = torch.device("cpu")
 TRAIN = tuple(Example((1, 2 + n % 3, 9, 9, 9), 1) for n in range(12))

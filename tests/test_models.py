@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import BERT, DECODERS, ENCODERS, VOCABULARY
 from peft import PeftModel
+from tiny_study import study_values
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -32,13 +33,16 @@ from transformers import (
 
 from rsauto.adapters.lora import target_module_names
 from rsauto.api import run_study
-from rsauto.base import auto_class, load_weights, open_base, prepare, with_labels
+from rsauto.architecture import auto_class, num_positions
+from rsauto.base import load_weights, open_base, prepare, with_labels
 from rsauto.config import ModelConfig, TaskType
 from rsauto.data import Example, TokenisedData, collate
 from rsauto.data.tokens import Fit
 from rsauto.errors import InputError
 from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import TrialSpec
+from rsauto.search.setup import set_up
+from rsauto.study_file import validate
 from rsauto.training.evaluate import evaluate
 from rsauto.training.trial import Bench, Trial
 
@@ -397,3 +401,35 @@ def labelled_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_the_last_position_of_a_model_that_counts_from_its_padding() -> None:
+    roberta = ARCHITECTURES["roberta"].config()
+    longest = num_positions(roberta)
+    assert longest == roberta.max_position_embeddings - roberta.pad_token_id - 1
+    model = AutoModelForSequenceClassification.from_config(roberta)
+    ids = torch.full((1, longest + 1), 5)
+    model(input_ids=ids[:, :longest], attention_mask=torch.ones_like(ids[:, :longest]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    values = study_values(tmp_path)
+    folder = Path(values["model"]["name"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 90}))
+    with pytest.raises(InputError, match=r"the tokenizer gives token \d+, but .* vocabulary of 90"):
+        set_up(validate(values))
+
+
+def test_a_trace_may_hold_something_as_large_as_the_logits() -> None:
+    """18 rows of 64 logits are as large as an MLP's 48 columns at rank 24, not at rank 8."""
+    config = ARCHITECTURES["llama"].config()
+    assert (config.vocab_size, config.intermediate_size) == (64, 48)
+    planner = MemoryPlanner(
+        model_config=config, dtype=torch.float32, train_length=18, eval_length=18
+    )
+    settings: dict[str, Any] = {"target_modules": "all-linear", "optimizer": "adamw"}
+    found = planner.predict(16, batch_size=1, micro_batch_size=1, **settings)
+    assert sum(found.breakdown.values()) == found.peak_bytes

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from rsauto.config import TaskType
 from rsauto.memory.caching import reserved_bytes
+from rsauto.memory.recorder import StorageEvent
 from rsauto.memory.trace import StepShape, StepTrace, trace_step
 from rsauto.quantisation import Bits
 from rsauto.scaling import OptimizerName
@@ -67,9 +68,7 @@ class RankProfile:
 
     def __init__(self, low: StepTrace, high: StepTrace, granule: int) -> None:
         """Two traces of one shape at different ranks; `granule` is what sizes are rounded to."""
-        if [e._replace(nbytes=0) for e in low.events] != [
-            e._replace(nbytes=0) for e in high.events
-        ]:
+        if _order(low) != _order(high):
             raise RuntimeError(
                 f"The step at rank {low.rank} runs other operations than at rank {high.rank}, "
                 "so its memory cannot be predicted for every rank from these two."
@@ -271,6 +270,14 @@ class MemoryPlanner:
             low, high = (trace_step(shape, rank) for rank in TRACED_RANKS)
             self._profiles[shape] = RankProfile(low, high, GRANULE_BYTES[self._device_type])
         return self._profiles[shape]
+
+
+def _order(trace: StepTrace) -> list[StorageEvent]:
+    """What is allocated and freed when; not how much, nor what it is taken for.
+
+    Logits are told by their size, which something else may have at one rank and not at another.
+    """
+    return [event._replace(nbytes=0, tag="activations") for event in trace.events]
 
 
 def _last_that_fits(

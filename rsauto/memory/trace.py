@@ -26,7 +26,8 @@ from transformers import AutoConfig
 from rsauto.adapters.head import is_classifier
 from rsauto.adapters.lora import add_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
-from rsauto.base import auto_class, prepare
+from rsauto.architecture import auto_class
+from rsauto.base import prepare
 from rsauto.config import TaskType
 from rsauto.memory.quantised import follow_bitsandbytes, stand_in_for_linears
 from rsauto.memory.recorder import StorageEvent, StorageRecorder

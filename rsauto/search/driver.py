@@ -229,8 +229,7 @@ class StudyRun:
         )
 
     def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
-        labels = self.setup.data.label_names
-        card = trial_card(self.config, self.setup.source.name, record, labels)
+        card = trial_card(self.config, self.setup.source.name, record, self.setup.data)
         num_bytes = run.save(self.folder.adapter(record.number), card)
         return replace(record, adapter_bytes=num_bytes)
 

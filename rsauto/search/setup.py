@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rsauto.adapters.head import is_classifier
+from rsauto.architecture import is_encoder, num_positions, pad_like
 from rsauto.base import (
     BaseSource,
     LoadedBase,
@@ -111,6 +112,7 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
     source = _source(config, objects)
     data, checks = _read_data(config, objects, source)
     _require_positions(source, data)
+    _require_vocabulary(source, data)
     if data.label_names is not None:
         source = _with_labels(source, objects, data)
     quant_bits = saved_bits(source.config) or config.model.quant_bits
@@ -195,12 +197,25 @@ def _feasible_ranks(setup: Setup) -> tuple[int, ...]:
 
 def _require_positions(source: BaseSource, data: TokenisedData) -> None:
     """Raises InputError when rows are longer than the model has positions for."""
-    limit = getattr(source.config, "max_position_embeddings", None)
+    limit = num_positions(source.config)
     longest = max(data.train_length, data.validation_length)
-    if isinstance(limit, int) and longest > limit:
+    if limit is not None and longest > limit:
         raise InputError(
             f"data.max_length: rows have up to {longest} tokens, but {source.name!r} has "
             f"positions for {limit}. Set data.max_length to at most {limit}."
+        )
+
+
+def _require_vocabulary(source: BaseSource, data: TokenisedData) -> None:
+    """Raises InputError when the tokenizer has ids that the model has no embedding for."""
+    size = int(source.config.get_text_config().vocab_size)
+    examples = (*data.train, *data.validation, *data.general)
+    largest = max(data.pad_token_id, *(max(example.input_ids) for example in examples))
+    if largest >= size:
+        raise InputError(
+            f"model.name: the tokenizer gives token {largest}, but {source.name!r} has a "
+            f"vocabulary of {size}. They do not belong together, or tokens were added to the "
+            "tokenizer and the model's embeddings were not resized."
         )
 
 
@@ -219,6 +234,11 @@ def _source(config: StudyConfig, objects: Objects) -> BaseSource:
             f"model: a {type(objects.model).__name__} was given, but "
             + ("data.label is not." if is_classifier(objects.model) else "data.label is, too.")
             + " A sequence classifier and data.label belong together."
+        )
+    if config.data.task == "CAUSAL_LM" and is_encoder(objects.model.config):
+        raise InputError(
+            f"model: {type(objects.model).__name__} reads both ways, so it would see the tokens it "
+            "is to predict. Give a decoder; or, to classify texts, data.label."
         )
     return BaseSource(
         name=str(objects.model.config.name_or_path or "in-memory"),
@@ -241,8 +261,7 @@ def _with_labels(source: BaseSource, objects: Objects, data: TokenisedData) -> B
             f"model: it was loaded with num_labels={source.config.num_labels}, but the data have "
             f"{len(data.label_names)} classes. Load it with num_labels={len(data.label_names)}."
         )
-    if source.config.pad_token_id is None:
-        source.config.pad_token_id = data.pad_token_id
+    pad_like(source.config, data.pad_token_id)
     return source
 
 

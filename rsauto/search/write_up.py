@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from rsauto.config import StudyConfig
+from rsauto.data import TokenisedData
 from rsauto.memory.plan import Prediction
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.scaling import gamma_r
@@ -86,11 +86,11 @@ def trial_card(
     config: StudyConfig,
     base_name: str,
     record: TrialRecord,
-    label_names: Sequence[str] | None = None,
+    data: TokenisedData,
 ) -> str:
     """The adapter's README.md: what it is, how it was trained, how to load it."""
     is_classifier = config.data.task == "SEQ_CLS"
-    data = ModelCardData(
+    metadata = ModelCardData(
         base_model=None if "/" not in base_name else base_name,
         library_name="peft",
         pipeline_tag="text-classification" if is_classifier else "text-generation",
@@ -102,7 +102,7 @@ def trial_card(
         head = f"| learning rate of the head | {record.head_learning_rate:g} |\n"
     metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
     content = f"""---
-{data.to_yaml()}
+{metadata.to_yaml()}
 ---
 # LoRA adapter, rank {record.rank}
 
@@ -126,25 +126,29 @@ The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = 
 | eval_loss | {record.eval_loss:.4f} |
 {metrics}
 ```python
-{_loading_code(base_name, label_names)}
+{_loading_code(base_name, data)}
 ```
 """
     return str(ModelCard(content))
 
 
-def _loading_code(base_name: str, label_names: Sequence[str] | None) -> str:
+def _loading_code(base_name: str, data: TokenisedData) -> str:
     """Python that puts the adapter on its base model."""
     auto, options = "AutoModelForCausalLM", ""
-    if label_names is not None:
+    if data.label_names is not None:
         auto = "AutoModelForSequenceClassification"
-        options = f", id2label={dict(enumerate(label_names))!r}"
+        options = f"""
+    id2label={dict(enumerate(data.label_names))!r},
+    ignore_mismatched_sizes=True,  # of a head with other classes; the adapter brings its own
+    pad_token_id={data.pad_token_id},
+"""
     name = repr(base_name)
     imports = f"from peft import PeftModel\nfrom transformers import {auto}\n"
     if base_name == "embedded":
         name = "MODEL_DIR"
         imports += "\nfrom rsauto.embedded import MODEL_DIR\n"
     return f"""{imports}
-base = {auto}.from_pretrained({name}{options})
+base = {auto}.from_pretrained({name}{"," if options else ""}{options})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 

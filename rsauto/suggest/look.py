@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
-from rsauto.base import BaseSource, auto_class, open_base, pick_device
+from rsauto.architecture import auto_class, is_encoder, num_positions
+from rsauto.base import BaseSource, open_base, pick_device
 from rsauto.config import DataConfig, StudyConfig, TaskType
 from rsauto.data import load_rows, tokenise
 from rsauto.data.chat_tokens import ChatTemplate
@@ -194,17 +194,9 @@ def _as_chat(reading: Reading, source: BaseSource, chat_template: str | None) ->
     return reading
 
 
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether a model reads a text from both sides, as BERT does, and so cannot write one."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-
-
 def _positions(source: BaseSource) -> int:
-    """The tokenizer knows where a model keeps some of its positions for padding, as RoBERTa."""
-    limit = getattr(source.config, "max_position_embeddings", None)
-    of_model = limit if isinstance(limit, int) else UNLIMITED_POSITIONS
+    """The lesser of what the model can read and what its tokenizer says it can."""
+    of_model = num_positions(source.config) or UNLIMITED_POSITIONS
     return min(of_model, int(source.tokenizer.model_max_length))
 
 
