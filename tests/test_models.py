@@ -431,5 +431,5 @@ def test_a_trace_may_hold_something_as_large_as_the_logits() -> None:
         model_config=config, dtype=torch.float32, train_length=18, eval_length=18
     )
     settings: dict[str, Any] = {"target_modules": "all-linear", "optimizer": "adamw"}
-    found = planner.predict(16, batch_size=1, micro_batch_size=1, **settings)
+    found = planner.predict(16, batch_size=8, micro_batch_size=1, **settings)
     assert sum(found.breakdown.values()) == found.peak_bytes
