@@ -14,7 +14,7 @@ one has hidden size 384, so that ranks 4 to 256 are all low ranks of its layers.
 4. *Weights*: trained in float32, stored in bfloat16 (20 MB); the held-out loss is measured on the
    stored weights. `PROVENANCE.json` has it beside every hash.
 
-About 80 minutes on one core. The same processor, thread count and libraries give the same bytes;
+It took 1 h 50 min on one busy core. The same processor, thread count and libraries give the same bytes;
 another processor rounds differently, so the weights are kept in the repository.
 """
 
