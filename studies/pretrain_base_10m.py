@@ -14,8 +14,8 @@ one has hidden size 384, so that ranks 4 to 256 are all low ranks of its layers.
 4. *Weights*: trained in float32, stored in bfloat16 (20 MB); the held-out loss is measured on the
    stored weights. `PROVENANCE.json` has it beside every hash.
 
-It took 1 h 50 min on one busy core. The same processor, thread count and libraries give the same bytes;
-another processor rounds differently, so the weights are kept in the repository.
+It took 1 h 50 min on one busy core. The same processor, thread count and libraries give the same
+bytes; another processor rounds differently, so the weights are kept in the repository.
 """
 
 from __future__ import annotations
