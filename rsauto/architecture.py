@@ -25,6 +25,10 @@ _NUMBERED_FROM_PADDING = frozenset(
 """Model types whose first token has the position after that of the padding token."""
 
 
+class NotADecoderError(InputError):
+    """The architecture cannot write text from left to right; it may be able to classify."""
+
+
 def auto_class(task: TaskType) -> Any:
     """transformers' class that builds the models of a task."""
     return AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
@@ -44,7 +48,7 @@ def architecture_of(
         return _class_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, model_config)
     # An encoder with a language model's head would see the very tokens that it is to predict.
     if is_encoder(model_config) or type(model_config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(
+        raise NotADecoderError(
             f"{kind} causal language model. Choose a decoder such as Llama, Qwen, Mistral or "
             "GPT-2; or, to classify texts, name the column of the class: data.label."
         )
@@ -84,7 +88,7 @@ def attention_of(architecture: type[PreTrainedModel], asked: str) -> str:
 def num_positions(model_config: PretrainedConfig) -> int | None:
     """Tokens that a row may have; None where the configuration names no limit."""
     positions = getattr(model_config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    if not isinstance(positions, int) or positions < 1:  # -1 stands for no limit in XLNet
         return None
     if model_config.model_type in _NUMBERED_FROM_PADDING:
         return positions - int(model_config.pad_token_id or 0) - 1

@@ -21,7 +21,7 @@ from rsauto.search.setup import Setup, set_up
 from rsauto.training.loop import evaluate_all
 from rsauto.training.trial import Bench, Trial
 
-BASES = {"embedded": 64, "studies/base-10m": 40}
+BASES = {"embedded": 64, "studies/base-10m": 32}
 """Base models, and the optimizer steps of a trial on each."""
 
 RANKS = (8, 64)

@@ -21,9 +21,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
 )
 
 from rsauto.adapters.head import head_module_names, initialise_head
@@ -32,6 +35,7 @@ from rsauto.adapters.optimizers import parameter_groups
 from rsauto.base import prepare
 from rsauto.data import Example, TokenisedData, collate
 from rsauto.data.tokens import Fit
+from rsauto.errors import InputError
 from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import StepPoint, TrialSpec
 from rsauto.training.evaluate import ClassTally, evaluate
@@ -305,3 +309,50 @@ def test_predicted_memory_is_what_a_trial_needs(name: str, micro_batch_size: int
         assert trial.num_trainable_params == predicted.num_trainable_params
         measured = trial.measured_peak_bytes
     assert measured == pytest.approx(predicted.peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_is_trained_in_float32_on_a_base_in_half_precision(dtype: torch.dtype) -> None:
+    model = model_of("bert").to(dtype)
+    with Trial(bench_of(model), spec_of(head_learning_rate=1e-5, steps=3)) as trial:
+        list(trial.steps())
+        assert trial._adapted is not None
+        heads = {n: p for n, p in trial._adapted.named_parameters() if ".modules_to_save." in n}
+        assert {p.dtype for p in heads.values()} == {torch.float32}
+        trained = heads["base_model.model.classifier.modules_to_save.default.weight"].detach()
+    moved = (trained - model.get_parameter("classifier.weight").float()).abs()
+    # Adam moves every weight by about the learning rate a step: no half precision shows that.
+    assert 0.5e-5 < float(moved.mean()) < 4e-5
+    assert model.get_parameter("classifier.weight").dtype == dtype
+
+
+def test_a_head_that_its_parent_initialises_is_drawn_as_transformers_draws_it() -> None:
+    """ModernBERT gives its head other widths than its layers, in the module around them."""
+    config = ModernBertConfig(
+        **{**SIZES, "hidden_size": 256, "num_attention_heads": 4}, cls_token_id=3, sep_token_id=4
+    )
+    torch.manual_seed(0)
+    model = ModernBertForSequenceClassification(config)
+    heads = [n for n, _ in model.named_parameters() if n.startswith(("head", "classifier"))]
+    others = {n: p.clone() for n, p in model.named_parameters() if n not in heads}
+    drawn = {n: model.get_parameter(n).std().item() for n in heads if n.endswith("weight")}
+    torch.manual_seed(1)
+    initialise_head(model, heads)
+    again = {n: model.get_parameter(n).std().item() for n in drawn}
+    assert again == pytest.approx(drawn, rel=0.15, abs=1e-9)
+    assert not math.isclose(drawn["classifier.weight"], config.initializer_range, rel_tol=0.15)
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in others.items())
+
+
+def test_a_step_that_depends_on_the_data_is_refused_in_words() -> None:
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_labels=3
+    )
+    planner = MemoryPlanner(
+        model_config=config, dtype=torch.float32, train_length=8, eval_length=8, task="SEQ_CLS",
+        attn_implementation="eager",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"this t5 model cannot be followed without data"):
+        planner.predict(
+            4, target_modules="all-linear", optimizer="adamw", batch_size=2, micro_batch_size=2
+        )

@@ -245,6 +245,16 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(tmp_path: Path) -
     [
         (None, r"the tokenizer has no chat template\. Give data\.chat_template, take an instruct"),
         (UNMARKED, r"does not mark the assistant's turns.*data\.loss_on: all.*in prompt and compl"),
+        (
+            "{% macro turn(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+            "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+            "marks .* inside a macro or a set",
+        ),
+        (
+            "{%- set t -%}{% generation %}{{ messages[1].content }}{% endgeneration %}"
+            "{% endset %}{{ t }}",
+            "marks .* inside a macro or a set",
+        ),
         ({"rag": MARKED}, r"several chat templates and none is the default"),
         (
             "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}",
@@ -276,6 +286,7 @@ def message(**changes: Any) -> Chat:
         (message(content=None, tool_calls=None), "a message without content"),
         (message(content=" "), "an empty turn of the assistant"),
         (message(content=4), "content is neither text nor parts of text"),
+        (message(weight=0), "a message with a weight .* which is not supported"),
         (message(content=["a"]), "content is neither text nor parts of text"),
         (message(content=[{"type": "image"}]), "content is neither text nor parts of text"),
         (message(content="\ud800"), "broken Unicode"),

@@ -112,3 +112,15 @@ def test_as_an_objective_it_must_be_measured(tmp_path: Path) -> None:
     values = study_values(tmp_path, objective="forgetting")
     with pytest.raises(InputError, match=r"search\.objective: 'forgetting' is not measured"):
         set_up(validate(values))
+
+
+def test_another_text_is_another_study(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The ferry was late, and nobody minded. " * 20, encoding="utf-8")
+    values = study_values(tmp_path, trials=1, rank=[2], seeds=1)
+    values["data"]["forgetting"] = str(text)
+    run_study(values, out=tmp_path / "out")
+    text.write_text("Flour, water, salt and yeast make a loaf. " * 20, encoding="utf-8")
+    values["search"]["trials"] = 2
+    with pytest.raises(InputError, match=r"the text of data\.forgetting changed"):
+        run_study(values, out=tmp_path / "out")

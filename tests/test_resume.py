@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,3 +154,14 @@ def test_a_full_disk_ends_the_study_with_one_message_and_it_continues(
     assert "Traceback" not in stderr
     assert rsauto("study", study_file, "--out", out).returncode == 0
     assert comparable(out) == comparable(undisturbed)
+
+
+def test_the_lock_of_a_killed_process_is_not_waited_for(
+    study_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Optuna's lock of the journal is a link; one that dangles was waited for without end."""
+    shutil.copytree(undisturbed, tmp_path / "out")
+    (tmp_path / "out" / "journal.log.lock").symlink_to("out/journal.log")
+    result = rsauto("study", study_file, "--out", "out", "--trials", str(TRIALS), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path / "out") == records(undisturbed)

@@ -9,9 +9,12 @@ encoder learns.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -36,17 +39,49 @@ def initialise_head(model: PreTrainedModel, fresh_parameters: Collection[str]) -
     """Draws the head's parameters that the checkpoint did not have anew, in place.
 
     As transformers draws them for this architecture, from torch's global generator: seed it first.
+    Some heads are initialised by the module around them, so those are asked too, the inner first.
     """
-    for head in head_module_names(model):
-        for name, module in model.get_submodule(head).named_modules(prefix=head):
-            own = dict(module.named_parameters(prefix=name, recurse=False))
-            if not own or not own.keys() <= set(fresh_parameters):
-                continue
-            for parameter in own.values():
-                # The mark by which transformers leaves loaded tensors alone.
-                parameter.__dict__.pop("_is_hf_initialized", None)
-            with torch.no_grad():
-                model._init_weights(module)
+    if not fresh_parameters:
+        return
+    for name, parameter in model.named_parameters():
+        # The mark by which transformers leaves loaded tensors alone.
+        parameter.__dict__["_is_hf_initialized"] = name not in set(fresh_parameters)
+    with torch.no_grad():
+        for name in _inner_first(model, fresh_parameters):
+            model._init_weights(model.get_submodule(name))
+
+
+def _inner_first(model: nn.Module, parameters: Collection[str]) -> list[str]:
+    """Names of all modules around some parameters, the model's own "" last."""
+    around = {
+        name.rsplit(".", depth)[0] if depth <= name.count(".") else ""
+        for name in parameters
+        for depth in range(1, name.count(".") + 2)
+    }
+    order = [name for name, _ in model.named_modules() if name in around]
+    return order[::-1]
+
+
+def hold_heads_in_float32(adapted: PeftModel) -> None:
+    """Trains the copies of a head that PEFT made in float32, on a base of any precision.
+
+    In half precision small updates are rounded away and AdamW's second moment underflows.
+    """
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                copy.float()
+                copy.register_forward_pre_hook(_in_float32, with_kwargs=True)
+
+
+def _in_float32(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.float() if is_float else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

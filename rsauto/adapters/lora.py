@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rsauto.adapters.head import head_module_names, is_classifier
+from rsauto.adapters.head import head_module_names, hold_heads_in_float32, is_classifier
 from rsauto.errors import InputError, nearest
 from rsauto.records import TrialSpec
 from rsauto.scaling import gamma_r
@@ -75,6 +75,7 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
         # PEFT 0.21 asks transformers 5 for a property by its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", append=False)
         adapted = _wrap(model, config)
+    hold_heads_in_float32(adapted)
     factor = gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent)
     for layer in lora_layers(adapted):
         layer.scaling[ADAPTER_NAME] = factor

@@ -21,7 +21,14 @@ from rsauto.data.overview import Preflight, SplitSummary, lines, preflight
 from rsauto.data.rows import Row
 from rsauto.data.samples import Segment
 from rsauto.data.template import Format
-from rsauto.data.tokens import Example, Fit, TokenisedData, tokenise, without_token_types
+from rsauto.data.tokens import (
+    Example,
+    Fit,
+    TokenisedData,
+    fingerprint,
+    tokenise,
+    without_token_types,
+)
 
 __all__ = [
     "Batch",
@@ -39,6 +46,7 @@ __all__ = [
     "batch_plan",
     "collate",
     "evaluation_batches",
+    "fingerprint",
     "general_examples",
     "lines",
     "load_rows",

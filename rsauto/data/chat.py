@@ -142,6 +142,11 @@ def _message(message: Any, column: str) -> Message:
     if "from" in given and "role" not in given:
         given["role"] = _role(given.pop("from"), column)
         given["content"] = given.pop("value", None)
+    if given.pop("weight", 1) != 1:
+        raise _BadChat(
+            f"a message with a weight in column {column!r}, which is not supported: every turn of "
+            "the assistant counts in full,"
+        )
     role = given.pop("role", None)
     content = given.pop("content", None)
     if not isinstance(role, str) or not role:

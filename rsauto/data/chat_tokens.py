@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+_TAGS = re.compile(r"\{%[-+]?\s*(\w+)(.*?)%\}", re.DOTALL)
+_BLOCKS = frozenset({"macro", "call", "filter", "set"})
 _SHOWN_CHARACTERS = 200
 """Of what a template says about a chat."""
 
@@ -102,6 +104,12 @@ class ChatTemplate:
                 f"are trained on. Give a template that writes them between {{% generation %}} and "
                 f"{{% endgeneration %}}, set data.loss_on: all to train on every turn, or give the "
                 f"rows as chats in prompt and completion, which need no marks."
+            )
+        if any(marked_in_a_block(self.source(tools)) for tools in has_tools):
+            raise InputError(
+                "data.chat_template: the template marks the assistant's turns inside a macro or a "
+                "set, call or filter block, where their place in the text is lost. Write "
+                "{% generation %} outside of such blocks, or set data.loss_on: all."
             )
         if not self.tokenizer.is_fast:
             raise InputError(
@@ -221,3 +229,16 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def marked_in_a_block(template: str) -> bool:
+    """Whether `{% generation %}` stands in a block whose text is put elsewhere afterwards."""
+    depth = 0
+    for name, rest in _TAGS.findall(template):
+        if name in _BLOCKS and not (name == "set" and "=" in rest):
+            depth += 1
+        elif name.startswith("end") and name[3:] in _BLOCKS:
+            depth -= 1
+        elif name == "generation" and depth > 0:
+            return True
+    return False

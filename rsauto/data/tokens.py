@@ -80,7 +80,7 @@ def tokenise(
         pad_token_id=pad_token_id(tokenizer),
         train_length=max(len(example.input_ids) for example in train),
         validation_length=max(len(example.input_ids) for example in validation),
-        fingerprint=fingerprint(train, validation),
+        fingerprint=fingerprint(train, validation, label_names=splits.label_names),
         label_names=splits.label_names,
     )
 
@@ -125,10 +125,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
     return tuple(whole[:start]), (eos,) if isinstance(eos, int) else tuple(suffix)
 
 
-def fingerprint(train: Sequence[Example], validation: Sequence[Example]) -> str:
+def fingerprint(*splits: Sequence[Example], label_names: Sequence[str] | None = None) -> str:
     """SHA-256 in hexadecimal; lengths are hashed too, so that no two data sets run together."""
     digest = hashlib.sha256()
-    for split in (train, validation):
+    for name in label_names or ():
+        digest.update(struct.pack("<Q", len(name.encode())) + name.encode())
+    for split in splits:
         digest.update(struct.pack("<Q", len(split)))
         for example in split:
             length = len(example.input_ids)

@@ -11,6 +11,7 @@ through two peaks: at low ranks the peak is where the loss is, at high ranks whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rsauto.config import TaskType
+from rsauto.errors import InputError
 from rsauto.memory.caching import reserved_bytes
 from rsauto.memory.recorder import StorageEvent
 from rsauto.memory.trace import StepShape, StepTrace, trace_step
@@ -265,10 +267,24 @@ class MemoryPlanner:
             fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
         return fitting
 
+    def _cannot_plan(self, error: Exception) -> str:
+        model_type = json.loads(self._model_config).get("model_type")
+        reason = str(error).strip().split("\n")[0]
+        return (
+            f"model.name: a training step of this {model_type} model cannot be followed without "
+            f"data, so its memory cannot be planned and no trial is started "
+            f"({type(error).__name__}: {reason}). Choose another architecture."
+        )
+
     def _profile(self, shape: StepShape) -> RankProfile:
         if shape not in self._profiles:
-            low, high = (trace_step(shape, rank) for rank in TRACED_RANKS)
-            self._profiles[shape] = RankProfile(low, high, GRANULE_BYTES[self._device_type])
+            try:
+                low, high = (trace_step(shape, rank) for rank in TRACED_RANKS)
+                profile = RankProfile(low, high, GRANULE_BYTES[self._device_type])
+            except (RuntimeError, NotImplementedError, AttributeError) as error:
+                # Steps that depend on values, such as a count of end-of-text tokens.
+                raise InputError(self._cannot_plan(error)) from error
+            self._profiles[shape] = profile
         return self._profiles[shape]
 
 

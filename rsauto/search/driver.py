@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from rsauto.adapters.head import initialise_head
 from rsauto.config import StudyConfig
+from rsauto.data import fingerprint
 from rsauto.environment import describe_environment
 from rsauto.errors import AllTrialsFailedError, StudyInterrupted
 from rsauto.records import Outcome, TrialRecord, TrialSpec
@@ -39,7 +40,7 @@ from rsauto.search.events import (
 )
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import claim, require_nothing_lost
-from rsauto.search.ledger import Ledger, open_storage
+from rsauto.search.ledger import Ledger, drop_stale_lock, open_storage
 from rsauto.search.objective import Objective, constraints
 from rsauto.search.publish import publish
 from rsauto.search.sampler import Attempt, propose
@@ -106,8 +107,12 @@ class StudyRun:
         self.begin = begin
         self.environment = folder.read_environment()
         self.num_failures = 0
+        if storage is None:
+            drop_stale_lock(folder.journal_file)
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
         fingerprints = {"model": setup.source.fingerprint, "data": setup.data.fingerprint}
+        if setup.data.general:
+            fingerprints["text of data.forgetting"] = fingerprint(setup.data.general)
         claim(self.ledger, self.config, fingerprints, folder.path)
         self.environment["fingerprints"] = fingerprints
         # Nobody else can be at a journal: this process holds its folder.

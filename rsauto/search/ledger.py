@@ -164,12 +164,22 @@ class Ledger:
         self.study.enqueue_trial(stored_params(spec), user_attrs={"spec": spec.to_json()})
 
 
+def drop_stale_lock(journal: Path) -> None:
+    """Removes the journal's lock. Only for who holds the folder, so that nobody else can have it.
+
+    Optuna waits half a minute before it takes the lock of a killed process.
+    """
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+
+
 def open_storage(url: str | None, journal: Path) -> BaseStorage:
     """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
     try:
         if url is None:
             drop_torn_line(journal)
-            return JournalStorage(JournalFileBackend(str(journal)))
+            # Absolute: Optuna's lock is a link to this path, and a relative one, left behind by a
+            # killed process, would point nowhere and be waited for without end.
+            return JournalStorage(JournalFileBackend(str(journal.resolve())))
         return optuna.storages.get_storage(url)
     except json.JSONDecodeError as error:
         raise InputError(

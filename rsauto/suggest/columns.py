@@ -79,7 +79,13 @@ def known_reading(columns: Sequence[Column]) -> Reading | None:
         return _pair("{prompt}", "completion", "both columns hold messages")
     if chats:
         name = next((name for name in CHATS if name in chats), next(iter(chats)))
-        return Reading(settings={"messages": name}, reason=f"the column {name!r} holds messages")
+        others = [repr(other) for other in chats if other != name]
+        also = f" (so do {', '.join(others)}, which are not used)" if others else ""
+        return Reading(
+            settings={"messages": name},
+            reason=f"the column {name!r} holds messages{also}",
+            is_guess=bool(others) and name not in CHATS,
+        )
     readable = _names(columns, "text", "number")
     if {"prompt", "completion"} <= readable:
         return _pair("{prompt}", "completion", _NAMED_SO)
@@ -164,7 +170,10 @@ def _pair(prompt: str, completion: str, reason: str, is_guess: bool = False) -> 
 
 def _column(name: str, values: Sequence[Any]) -> Column:
     there = [value for value in values if value is not None]
-    countable = all(isinstance(value, (str, int)) for value in there)
+    countable = all(
+        isinstance(value, (str, int)) or (isinstance(value, float) and value.is_integer())
+        for value in there
+    )
     return Column(
         name=name,
         kind=_kind(there),

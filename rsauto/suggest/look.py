@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rsauto.architecture import auto_class, is_encoder, num_positions
+from rsauto.architecture import NotADecoderError, auto_class, num_positions
 from rsauto.base import BaseSource, open_base, pick_device
 from rsauto.config import DataConfig, StudyConfig, TaskType
 from rsauto.data import load_rows, tokenise
@@ -168,8 +168,11 @@ def _task(config: StudyConfig, table: Table, label: str | None) -> tuple[BaseSou
     known = known_reading(columns) if label is None else None
     if labelled is not None and known is None:
         return open_base(config.model, "SEQ_CLS"), labelled
-    source = open_base(config.model, "CAUSAL_LM")
-    if not is_encoder(source.config):
+    try:
+        source = open_base(config.model, "CAUSAL_LM")
+    except NotADecoderError:
+        pass
+    else:
         return source, known or guessed_reading(columns, table.source)
     if labelled is None:
         names = ", ".join(repr(column.name) for column in columns)
