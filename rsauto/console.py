@@ -263,8 +263,9 @@ def ranks_as_table(study: Study, verdict: Verdict, width: int) -> Table:
     )
     columns = [c for c in RANK_COLUMNS if width >= WIDE or c.always]
     for column in columns:
-        table.add_column(column.title.format(objective=objective_text(verdict.objective)),
-                         justify=column.justify, no_wrap=True)  # fmt: skip
+        title = column.title.format(objective=objective_text(verdict.objective))
+        # What a row is called may take several lines, so that its numbers are never cut.
+        table.add_column(title, justify=column.justify, no_wrap=column is not RANK_COLUMNS[-1])
     rows = rank_table(study.records, verdict)
     for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         table.add_row(
