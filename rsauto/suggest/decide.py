@@ -188,11 +188,12 @@ def _training(seen: Seen) -> Iterator[Setting]:
     longest, _ = _max_length(seen)
     mean_length = sum(min(length, longest) for length in seen.lengths) / len(seen.lengths)
     epochs = steps * batch_size / num_rows
+    shown = f"{epochs:.3g}"
     tokens = count_text(steps * batch_size * mean_length)
     yield Setting(
         "training.steps",
         steps,
-        f"Of every trial: {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'} of {num_rows} rows, "
+        f"Of every trial: {shown} {'epoch' if shown == '1' else 'epochs'} of {num_rows} rows, "
         f"about {tokens} tokens. Or give epochs instead.",
     )
     yield Setting(
