@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import data_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
@@ -33,8 +34,7 @@ from rsauto.adapters.head import head_module_names, initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, target_module_names
 from rsauto.adapters.optimizers import parameter_groups
 from rsauto.base import prepare
-from rsauto.data import Example, TokenisedData, collate
-from rsauto.data.tokens import Fit
+from rsauto.data import Example, collate
 from rsauto.errors import InputError
 from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import StepPoint, TrialSpec
@@ -114,21 +114,6 @@ def rows(count: int, seed: int) -> tuple[Example, ...]:
                for _ in range(length)]  # fmt: skip
         found.append(Example((3, *ids, 4), label=label))
     return tuple(found)
-
-
-def data_of(train: tuple[Example, ...], validation: tuple[Example, ...]) -> TokenisedData:
-    fit = Fit(lengths=(), num_truncated=0, num_dropped=0)
-    return TokenisedData(
-        train=train,
-        validation=validation,
-        train_fit=fit,
-        validation_fit=fit,
-        pad_token_id=0,
-        train_length=max(len(x.input_ids) for x in train),
-        validation_length=max(len(x.input_ids) for x in validation),
-        fingerprint="",
-        label_names=("a", "b", "c"),
-    )
 
 
 DATA = data_of(rows(64, seed=1), rows(30, seed=2))

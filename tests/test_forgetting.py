@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import data_of
 from tiny_study import study_values
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from rsauto.api import run_study
 from rsauto.config import StudyConfig
-from rsauto.data import Example, TokenisedData
-from rsauto.data.tokens import Fit
+from rsauto.data import Example
 from rsauto.errors import InputError
 from rsauto.records import TrialSpec
 from rsauto.search.setup import set_up
@@ -25,21 +25,6 @@ from rsauto.training.trial import Bench, Trial
 CPU = torch.device("cpu")
 TRAIN = tuple(Example((1, 2 + n % 3, 9, 9, 9), 1) for n in range(12))
 GENERAL = (Example((1, 30, 31, 32, 33, 34), 1), Example((1, 40, 41, 42), 1))
-
-
-def data_of(general: tuple[Example, ...]) -> TokenisedData:
-    fit = Fit(lengths=(), num_truncated=0, num_dropped=0)
-    return TokenisedData(
-        train=TRAIN,
-        validation=TRAIN[:4],
-        train_fit=fit,
-        validation_fit=fit,
-        pad_token_id=0,
-        train_length=5,
-        validation_length=5,
-        fingerprint="",
-        general=general,
-    )
 
 
 def loss_by_hand(model: torch.nn.Module) -> float:
@@ -55,7 +40,7 @@ def loss_by_hand(model: torch.nn.Module) -> float:
 
 
 def test_it_is_the_rise_over_the_untouched_model(llama: LlamaForCausalLM) -> None:
-    data = data_of(GENERAL)
+    data = data_of(TRAIN, TRAIN[:4], GENERAL)
     untouched = evaluate_all(llama, data, batch_size=2, device=CPU).metrics
     assert untouched["general_loss"] == pytest.approx(loss_by_hand(llama), abs=1e-6)
     assert "forgetting" not in untouched
@@ -82,7 +67,7 @@ def test_it_is_the_rise_over_the_untouched_model(llama: LlamaForCausalLM) -> Non
 
 
 def test_nothing_is_measured_unless_asked(llama: LlamaForCausalLM) -> None:
-    found = evaluate_all(llama, data_of(()), batch_size=2, device=CPU)
+    found = evaluate_all(llama, data_of(TRAIN, TRAIN[:4]), batch_size=2, device=CPU)
     assert set(found.metrics) == {"perplexity", "token_accuracy", "exact_match"}
 
 

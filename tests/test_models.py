@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import BERT, DECODERS, ENCODERS, VOCABULARY
+from examples import data_of
 from peft import PeftModel
 from tiny_study import study_values
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -37,7 +38,6 @@ from rsauto.architecture import auto_class, num_positions
 from rsauto.base import load_weights, open_base, prepare, with_labels
 from rsauto.config import ModelConfig, TaskType
 from rsauto.data import Example, TokenisedData, collate
-from rsauto.data.tokens import Fit
 from rsauto.errors import InputError
 from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import TrialSpec
@@ -87,21 +87,6 @@ def rows(task: TaskType, count: int, seed: int) -> tuple[Example, ...]:
             Example((3, *labelled, 4), label=label) if task == CLASSES else Example((3, *counting))
         )
     return tuple(found)
-
-
-def data_of(train: tuple[Example, ...], validation: tuple[Example, ...]) -> TokenisedData:
-    fit = Fit(lengths=(), num_truncated=0, num_dropped=0)
-    return TokenisedData(
-        train=train,
-        validation=validation,
-        train_fit=fit,
-        validation_fit=fit,
-        pad_token_id=0,
-        train_length=max(len(x.input_ids) for x in train),
-        validation_length=max(len(x.input_ids) for x in validation),
-        fingerprint="",
-        label_names=None if train[0].label is None else ("a", "b", "c"),
-    )
 
 
 def spec_of(**changes: Any) -> TrialSpec:

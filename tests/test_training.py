@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import data_of
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +26,6 @@ from transformers.optimization import Adafactor
 from rsauto.adapters.lora import add_adapter, lora_layers, trainable_parameters
 from rsauto.base import prepare
 from rsauto.data import Example, TokenisedData, batch_plan, micro_batches
-from rsauto.data.tokens import Fit
 from rsauto.memory.measure import PeakMeter
 from rsauto.records import StepPoint, TrialSpec
 from rsauto.training.evaluate import evaluate
@@ -72,20 +72,6 @@ def rows(num_rows: int, seed: int) -> tuple[Example, ...]:
         completion = [generator.randrange(2, 64) for _ in range(generator.randrange(1, 5))]
         found.append(Example((*prompt, *completion, EOS), len(prompt)))
     return tuple(found)
-
-
-def data_of(train: tuple[Example, ...], validation: tuple[Example, ...]) -> TokenisedData:
-    fit = Fit(lengths=(), num_truncated=0, num_dropped=0)
-    return TokenisedData(
-        train=train,
-        validation=validation,
-        train_fit=fit,
-        validation_fit=fit,
-        pad_token_id=0,
-        train_length=max(len(x.input_ids) for x in train),
-        validation_length=max(len(x.input_ids) for x in validation),
-        fingerprint="",
-    )
 
 
 DATA = data_of(rows(40, seed=1), rows(11, seed=2))
