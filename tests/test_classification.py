@@ -6,13 +6,15 @@ import copy
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from examples import data_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -33,8 +35,10 @@ from transformers import (
 from rsauto.adapters.head import head_module_names, initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, target_module_names
 from rsauto.adapters.optimizers import parameter_groups
-from rsauto.base import prepare
+from rsauto.base import load_weights, open_base, prepare, with_labels
+from rsauto.config import ModelConfig
 from rsauto.data import Example, collate
+from rsauto.embedded import MODEL_DIR
 from rsauto.errors import InputError
 from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import StepPoint, TrialSpec
@@ -341,3 +345,38 @@ def test_a_step_that_depends_on_the_data_is_refused_in_words() -> None:
         planner.predict(
             4, target_modules="all-linear", optimizer="adamw", batch_size=2, micro_batch_size=2
         )
+
+
+def test_a_head_saved_from_a_bfloat16_base_reloads_but_for_rounding(tmp_path: Path) -> None:
+    """Stock PEFT puts the saved float32 head back in the base's precision."""
+    model = model_of("bert").to(torch.bfloat16)
+    with Trial(bench_of(model), spec_of(steps=20)) as trial:
+        last = list(trial.steps())[-1].evaluation
+        trial.save(tmp_path / "adapter", "card")
+    assert last is not None
+    base = model_of("bert").to(torch.bfloat16)
+    reloaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    again = evaluate(reloaded, DATA.validation, batch_size=8, pad_token_id=0, device=CPU)
+    assert again.eval_loss == pytest.approx(last.eval_loss, abs=1e-2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_classifier_on_a_quantised_base(tmp_path: Path, bits: Literal[4, 8]) -> None:
+    pytest.importorskip("bitsandbytes")
+    model_of("bert").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path / "base")
+    config = ModelConfig(name=str(tmp_path / "base"), dtype="float32", quant_bits=bits)
+    source = with_labels(open_base(config, "SEQ_CLS"), ("a", "b", "c"), pad_token_id=0)
+    model = load_weights(source, config, CPU).model
+    kinds = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert kinds["bert.pooler.dense"] == kinds["classifier"] == "Linear"
+    assert kinds["bert.encoder.layer.0.output.dense"] == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    untouched = evaluate(model, DATA.validation, batch_size=8, pad_token_id=0, device=CPU)
+    with Trial(bench_of(model), spec_of(steps=30, quant_bits=bits)) as trial:
+        last = list(trial.steps())[-1].evaluation
+        trial.save(tmp_path / "adapter", "card")
+    assert last is not None and last.eval_loss < untouched.eval_loss - 0.05
+    base = load_weights(source, config, CPU).model
+    reloaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    again = evaluate(reloaded, DATA.validation, batch_size=4, pad_token_id=0, device=CPU)
+    assert again.eval_loss == pytest.approx(last.eval_loss, abs=1e-4)

@@ -43,9 +43,10 @@ def initialise_head(model: PreTrainedModel, fresh_parameters: Collection[str]) -
     """
     if not fresh_parameters:
         return
+    fresh = frozenset(fresh_parameters)
     for name, parameter in model.named_parameters():
         # The mark by which transformers leaves loaded tensors alone.
-        parameter.__dict__["_is_hf_initialized"] = name not in set(fresh_parameters)
+        parameter.__dict__["_is_hf_initialized"] = name not in fresh
     with torch.no_grad():
         for name in _inner_first(model, fresh_parameters):
             model._init_weights(model.get_submodule(name))
