@@ -67,8 +67,13 @@ def _class_of(mapping: Any, model_config: PretrainedConfig) -> type[PreTrainedMo
     return first
 
 
-def attention_of(architecture: type[PreTrainedModel], asked: str) -> str:
-    """'auto' resolved. Raises InputError for one that the architecture, or this machine, lacks."""
+def attention_of(
+    architecture: type[PreTrainedModel], asked: str, *, needs_package: bool = True
+) -> str:
+    """'auto' resolved. Raises InputError for one that the architecture, or this machine, lacks.
+
+    A plan needs no package: it is for another machine.
+    """
     has_sdpa = architecture._supports_sdpa
     if asked == "auto":
         return "sdpa" if has_sdpa else "eager"
@@ -77,7 +82,7 @@ def attention_of(architecture: type[PreTrainedModel], asked: str) -> str:
             f"model.attn_implementation: {asked!r}, but {architecture.__name__} has none in "
             "transformers. Set it to auto or eager."
         )
-    if asked == "flash_attention_2" and not is_flash_attn_2_available():
+    if needs_package and asked == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError(
             "model.attn_implementation: 'flash_attention_2' needs a CUDA device and the package "
             "flash-attn, and one of them is missing here. Set it to auto."

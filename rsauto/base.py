@@ -190,9 +190,13 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return moved
 
 
-def prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+def prepare(
+    model: PreTrainedModel, gradient_checkpointing: bool, use_reentrant: bool | None = None
+) -> PreTrainedModel:
     """Freezes the weights, turns dropout off, sets up checkpointing. Changes the model in place.
 
+    ``use_reentrant`` is that of torch.utils.checkpoint; None takes it only where the model needs
+    it.
     Raises InputError for checkpointing where the architecture has none.
     """
     switch_off_dropout(model.config)
@@ -211,7 +215,8 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedM
             )
         # Renamed in transformers 5; the old name still works and warns.
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": hides_inputs(model)})
+        reentrant = hides_inputs(model) if use_reentrant is None else use_reentrant
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
         # Frozen embeddings give activations without a gradient, and a checkpointed block whose
         # inputs need none would be skipped in backward together with its adapters.
         model.enable_input_require_grads()

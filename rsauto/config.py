@@ -44,10 +44,19 @@ def parse_bytes(value: Any) -> Any:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError("give a size such as 24GiB, 512MiB or a number of bytes, or auto")
-    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    num_bytes = float(match[1]) * _UNITS[match[2].upper()]
     if num_bytes < 1:
         raise ValueError("must be more than zero bytes")
-    return num_bytes
+    if num_bytes > 2**60:
+        raise ValueError("must be at most 2^60 bytes")
+    return int(num_bytes)
+
+
+def _budget_bytes(value: Any) -> Any:
+    """Bytes from a size or the name of a GPU; 'auto' passes through. Else raises ValueError."""
+    from rsauto.memory.devices import read_budget  # which itself reads sizes with `parse_bytes`
+
+    return value if value == "auto" else read_budget(value).total_bytes
 
 
 class Part(BaseModel):
@@ -318,8 +327,9 @@ class StudyConfig(Part):
 
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     """Names the study folder, runs/<name>; letters, digits, dot, dash and underscore."""
-    memory_budget: Annotated[int | Literal["auto"], BeforeValidator(parse_bytes)] = "auto"
-    """Bytes of the device for the whole fine-tune; 'auto' is what the device has."""
+    memory_budget: Annotated[int | Literal["auto"], BeforeValidator(_budget_bytes)] = "auto"
+    """Bytes of the device for the whole fine-tune, or a GPU such as rtx4090; 'auto' is what the
+    device has."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig(steps=100)

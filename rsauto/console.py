@@ -33,7 +33,9 @@ from rsauto.report.units import (
     value_text,
 )
 from rsauto.report.verdict import Verdict
+from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
+    AllowanceRaised,
     Event,
     Planned,
     Searching,
@@ -104,6 +106,8 @@ class Display:
                 self._stepped(event)
             case TrialSettled(record=record, num_settled=num_settled):
                 self._settled(record, num_settled)
+            case AllowanceRaised(allowance=allowance, ranks=ranks):
+                self.console.print(allowance_line(allowance, ranks), markup=False, highlight=False)
             case StudyEnded():
                 pass
 
@@ -209,6 +213,15 @@ def trial_line(record: TrialRecord, config: StudyConfig) -> str:
     if record.error:
         parts.append(record.error)
     return " ".join(parts)
+
+
+def allowance_line(allowance: Allowance, ranks: tuple[int, ...]) -> str:
+    """Why more memory is kept free from now on, and what that leaves."""
+    fitting = f"rank {ranks[-1]} is the largest that fits" if ranks else "no rank fits any more"
+    return (
+        f"{allowance.reason}: {allowance.share:.1%} is added to every prediction from now on; "
+        f"{fitting}"
+    )
 
 
 def plan_table(setup: Setup) -> Table:

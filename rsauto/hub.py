@@ -70,13 +70,7 @@ def fetch_model(repository: Repository) -> str:
 
     Raises InputError when it is missing, closed or unreachable, is no model, or has no safetensors.
     """
-    try:
-        config = Path(_download(repository, "config.json", repository.revision))
-    except RemoteEntryNotFoundError:
-        raise InputError(_no_config(repository)) from None
-    except Exception as error:
-        # The hub client and the network library under it each raise kinds of their own.
-        raise _told(error, repository) from error
+    config = fetch_config(repository)
     commit = config.parent.name
     try:
         files = _files(repository, commit)
@@ -94,6 +88,20 @@ def fetch_model(repository: Repository) -> str:
     if problem:
         raise InputError(repository.said(problem + _converted(repository, files)))
     return commit
+
+
+def fetch_config(repository: Repository) -> Path:
+    """Puts the configuration of a model into the cache, in a folder named by its commit.
+
+    Raises InputError when it is missing, closed, unreachable or no model.
+    """
+    try:
+        return Path(_download(repository, "config.json", repository.revision))
+    except RemoteEntryNotFoundError:
+        raise InputError(_no_config(repository)) from None
+    except Exception as error:
+        # The hub client and the network library under it each raise kinds of their own.
+        raise _told(error, repository) from error
 
 
 def find_dataset(repository: Repository) -> tuple[str | None, Exception | None]:

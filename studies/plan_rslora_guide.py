@@ -2,9 +2,9 @@
 
     python studies/plan_rslora_guide.py [--out reports/rslora-guide/plan.md]
 
-The model is gated, but its shape is public: the configuration below is that of Llama 3.1 8B, and a
-plan needs nothing else. Every row is the exact trace of one optimizer step with rows as long as
-`data.max_length`, plus the allowance and the CUDA context that `rsauto study` adds.
+The model is gated, but its shape is public, and a plan needs nothing else. Every row is the exact
+trace of one optimizer step with rows as long as `data.max_length`, plus the allowance and the CUDA
+context that `rsauto study` adds.
 """
 
 from __future__ import annotations
@@ -12,39 +12,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig
-
 from rsauto import study_file
 from rsauto.config import StudyConfig
-from rsauto.memory.plan import MemoryPlanner
+from rsauto.memory.kinds import Bits
+from rsauto.memory.plan import Plan, plan
 from rsauto.report.units import bytes_text
 
 STUDY = Path(__file__).parent / "rslora-guide.yaml"
 
-LLAMA_3_1_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
 
-
-def planner_of(config: StudyConfig, quant_bits: int | None) -> MemoryPlanner:
-    """The planner that `rsauto study` would use on a GPU, for rows of max_length tokens."""
-    assert quant_bits in (None, 4, 8)
-    return MemoryPlanner(
-        model_config=LLAMA_3_1_8B,
-        dtype=torch.bfloat16,
+def plan_on(quant_bits: Bits | None, config: StudyConfig, ranks: tuple[int, ...]) -> Plan:
+    """The plan of the study on a GPU, for rows of max_length tokens."""
+    return plan(
+        "llama-3.1-8b",
+        ranks=ranks,
+        batch_size=config.training.batch_size,
+        micro_batch_size=1,
+        max_length=config.data.max_length,
+        target_modules=config.model.target_modules,
+        optimizer=config.training.optimizer,
         quant_bits=quant_bits,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        train_length=config.data.max_length,
-        eval_length=config.data.max_length,
-        device_type="cuda",
     )
 
 
@@ -54,20 +42,13 @@ def table(config: StudyConfig, ranks: tuple[int, ...]) -> list[str]:
         "| rank | trained parameters | 8 bit (the guide) | 4 bit | bfloat16 |",
         "|--:|--:|--:|--:|--:|",
     ]
-    planners = {bits: planner_of(config, bits) for bits in (8, 4, None)}
+    bases: tuple[Bits | None, ...] = (8, 4, None)
+    plans = [plan_on(bits, config, ranks) for bits in bases]
     for rank in ranks:
-        needs = []
-        for planner in planners.values():
-            prediction = planner.predict(
-                rank,
-                target_modules=config.model.target_modules,
-                optimizer=config.training.optimizer,
-                batch_size=config.training.batch_size,
-                micro_batch_size=1,
-            )
-            needs.append(bytes_text(planner.needed_bytes(prediction)))
-        parameters = f"{prediction.num_trainable_params / 1e6:.1f} M"
-        rows.append(f"| {rank} | {parameters} | {' | '.join(needs)} |")
+        planned = [one.at(rank) for one in plans]
+        needs = " | ".join(bytes_text(row.needed_bytes) for row in planned)
+        parameters = f"{planned[0].prediction.num_trainable_params / 1e6:.1f} M"
+        rows.append(f"| {rank} | {parameters} | {needs} |")
     return rows
 
 

@@ -1,26 +1,35 @@
-"""Predicted memory against three independent truths: the same step on real tensors, a trace at the
-rank itself, and the allocations that the profiler reports for a plain training loop."""
+"""Predicted memory against two independent truths: a trace at the very size, and the allocations
+that the profiler reports for a plain training loop."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from planning import kind_of, planner_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from rsauto.adapters.lora import trainable_parameters
-from rsauto.adapters.optimizers import build_optimizer
+from rsauto.memory.kinds import Prediction, StepKind, StepSize
 from rsauto.memory.measure import PeakMeter
-from rsauto.memory.plan import ALLOWANCE, MemoryPlanner, Prediction, RankProfile
-from rsauto.memory.recorder import StorageEvent
-from rsauto.memory.trace import StepShape, build_model, record_step, trace_step
+from rsauto.memory.planner import ALLOWANCE, MemoryPlanner
+from rsauto.memory.profile import (
+    GRANULE_BYTES,
+    OtherOperationsError,
+    StepProfile,
+    profile_from,
+    second_sizes,
+)
+from rsauto.memory.trace import StepTrace, build_model, trace_step
+from rsauto.memory.traced_optimizers import planned_optimizer
 from rsauto.training.loss import hits_of, summed_cross_entropy
 
 pytestmark = [
@@ -79,45 +88,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def step_shape(config: PretrainedConfig = SMALL_LLAMA, **changes: Any) -> StepShape:
-    shape = StepShape(
-        model_config=config.to_json_string(use_diff=False),
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        gradient_checkpointing=False,
-        target_modules="all-linear",
-        optimizer="adamw",
-        clip=True,
-        micro_batch_size=4,
-        accumulate=False,
-        train_length=LENGTH,
-        eval_length=LENGTH,
-        device_type="cpu",
-    )
-    return dataclasses.replace(shape, **changes)
-
-
-def planner_for(shape: StepShape, config: PretrainedConfig) -> MemoryPlanner:
-    return MemoryPlanner(
-        model_config=config,
-        dtype=shape.dtype,
-        attn_implementation=shape.attn_implementation,
-        gradient_checkpointing=shape.gradient_checkpointing,
-        train_length=shape.train_length,
-        eval_length=shape.eval_length,
-        device_type=shape.device_type,
-    )
-
-
-def predict(planner: MemoryPlanner, rank: int, shape: StepShape) -> Prediction:
-    return planner.predict(
-        rank,
-        target_modules=shape.target_modules,
-        optimizer=shape.optimizer,
-        batch_size=shape.micro_batch_size * (2 if shape.accumulate else 1),
-        micro_batch_size=shape.micro_batch_size,
-        clip=shape.clip,
-    )
+def predict(planner: MemoryPlanner, rank: int, size: int, accumulate: bool = False) -> Prediction:
+    batch_size = 2 * size if accumulate else size
+    return planner.predict(rank, batch_size=batch_size, micro_batch_size=size)
 
 
 def random_batch(num_sequences: int, length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -157,26 +130,21 @@ def plain_evaluation(model: nn.Module, batch: dict[str, Tensor]) -> None:
     hits_of(logits, batch["labels"])
 
 
-def trained(shape: StepShape, rank: int) -> tuple[PeftModel, Optimizer]:
-    model = build_model(shape, rank)
-    return model, build_optimizer(model, name=shape.optimizer, learning_rate=1e-4)
-
-
-def measured_peak(shape: StepShape, rank: int) -> int:
-    model, optimizer = trained(shape, rank)
+def measured_peak(
+    kind: StepKind, rank: int, micro_batch_size: int = 4, eval_length: int = LENGTH
+) -> int:
+    model = build_model(kind, rank)
+    optimizer = planned_optimizer(model, kind.optimizer, "cpu")
     meter = PeakMeter(CPU, model, optimizer)
     model.train()
-    num_micro_batches = 2 if shape.accumulate else 1
+    num_micro_batches = 2 if kind.accumulate else 1
     for step in range(2):
-        batches = [
-            random_batch(shape.micro_batch_size, shape.train_length, seed)
-            for seed in range(num_micro_batches)
-        ]
+        batches = [random_batch(micro_batch_size, LENGTH, n) for n in range(num_micro_batches)]
         with meter.watch(heavy=step > 0):
             plain_step(model, optimizer, batches)
     model.eval()
     with meter.watch():
-        plain_evaluation(model, random_batch(shape.micro_batch_size, shape.eval_length))
+        plain_evaluation(model, random_batch(micro_batch_size, eval_length))
     assert meter.peak_bytes is not None
     return meter.peak_bytes
 
@@ -185,79 +153,126 @@ def error(predicted: int, measured: int) -> float:
     return predicted / measured - 1
 
 
-def phase_peaks(events: Sequence[StorageEvent]) -> dict[str, int]:
-    in_use, peaks = 0, dict.fromkeys(("forward", "backward", "optimizer", "evaluation"), 0)
-    for event in events:
-        in_use += event.nbytes
-        peaks[event.phase] = max(peaks[event.phase], in_use)
-    return peaks
+def rounded(trace: StepTrace, granule: int) -> list[int]:
+    """Of every event, as an allocator rounds it."""
+    sizes = [-(-abs(event.nbytes) // granule) * granule for event in trace.events]
+    return [n if e.nbytes >= 0 else -n for n, e in zip(sizes, trace.events, strict=True)]
+
+
+SIZE = StepSize(8, 4, LENGTH, LENGTH)
+
+
+def profile_at(kind: StepKind, first: StepSize = SIZE) -> StepProfile:
+    """From two traces, whatever the second is."""
+    second = next(second_sizes(first, kind.device_type))
+    return profile_from(trace_step(kind, first), trace_step(kind, second), kind.device_type)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "config, changes, sizes",
     [
-        {},
-        {"accumulate": True, "optimizer": "adafactor"},
-        {"micro_batch_size": 1, "optimizer": "sgd"},
-        {"gradient_checkpointing": True, "dtype": torch.bfloat16},
-        {"attn_implementation": "eager", "eval_length": 64},
+        (SMALL_LLAMA, {}, [(64, 4, 40, 40), (1, 3, 17, 64), (128, 2, 64, 9)]),
+        (
+            SMALL_LLAMA,
+            {"optimizer": "adafactor", "gradient_checkpointing": True},
+            [(128, 9, 33, 8)],
+        ),
+        (SMALL_LLAMA, {"attn_implementation": "eager"}, [(3, 7, 21, 55)]),
+        (GPT2, {"accumulate": True}, [(1, 4, 40, 40), (128, 2, 64, 1)]),
+        (QWEN2, {"device_type": "cuda", "optimizer": "sgd"}, [(128, 5, 40, 40)]),
     ],
 )
-def test_fake_step_equals_the_same_step_on_real_tensors(changes: dict[str, Any]) -> None:
-    shape = step_shape(**changes)
-    fake = trace_step(shape, 6)
-    real = record_step(
-        build_model(shape, 6),
-        shape,
-        train_batch=random_batch(shape.micro_batch_size, shape.train_length),
-        eval_batch=random_batch(shape.micro_batch_size, shape.eval_length),
-    )
-    assert phase_peaks(fake.events) == phase_peaks(real)
-
-
-@pytest.mark.parametrize(
-    "config, changes, ranks",
-    [
-        (SMALL_LLAMA, {}, (64, 128)),
-        (SMALL_LLAMA, {"optimizer": "adafactor", "gradient_checkpointing": True}, (128,)),
-        (GPT2, {"accumulate": True}, (1, 128)),
-        (QWEN2, {"micro_batch_size": 1, "device_type": "cuda", "optimizer": "sgd"}, (1, 128)),
-    ],
-)
-def test_two_ranks_give_every_rank(
-    config: PretrainedConfig, changes: dict[str, Any], ranks: tuple[int, ...]
+def test_two_traces_give_every_rank_batch_and_length(
+    config: PretrainedConfig, changes: dict[str, Any], sizes: list[tuple[int, int, int, int]]
 ) -> None:
-    shape = step_shape(config, **changes)
-    granule = 512
-    profile = RankProfile(trace_step(shape, 4), trace_step(shape, 8), granule)
-    for rank in ranks:
-        direct = trace_step(shape, rank)
-        rounded = [-(-abs(e.nbytes) // granule) * granule for e in direct.events]
-        signed = [n if e.nbytes > 0 else -n for n, e in zip(rounded, direct.events, strict=True)]
-        assert profile.sizes(rank).tolist() == signed
-        assert profile.num_trainable_params(rank) == direct.num_trainable_params
-        prediction = profile.predict(rank, shape)
+    kind = kind_of(config, **changes)
+    profile = profile_at(kind)
+    granule = GRANULE_BYTES[kind.device_type]
+    for size in (StepSize(*numbers) for numbers in sizes):
+        direct = trace_step(kind, size)
+        signed = rounded(direct, granule)
+        assert profile.covers(size)
+        assert profile.sizes(size, granule).tolist() == signed
+        assert profile.num_trainable_params(size.rank) == direct.num_trainable_params
+        frozen, trained = direct.linear_weights
+        assert profile.flops_per_token(size.rank) == 4.0 * frozen + 6.0 * trained
+        prediction = profile.predict(size, kind.device_type)
         assert prediction.peak_bytes == max(itertools.accumulate(signed))
         assert sum(prediction.breakdown.values()) == prediction.peak_bytes
         assert prediction.reserved_bytes >= prediction.peak_bytes
+        top = list(itertools.accumulate(signed)).index(prediction.peak_bytes)
+        assert prediction.operation == direct.events[top].operation
+
+
+def test_one_sequence_is_traced_apart() -> None:
+    alone = kind_of(SMALL_LLAMA, padded=False)
+    profile = profile_at(alone, StepSize(8, 1, LENGTH, LENGTH))
+    assert not profile.covers(SIZE) and not profile_at(kind_of(SMALL_LLAMA)).covers(profile.low)
+    size = StepSize(48, 1, 24, 60)
+    assert profile.sizes(size, 64).tolist() == rounded(trace_step(alone, size), 64)
+
+
+def test_a_storage_that_follows_no_term_is_told() -> None:
+    kind = kind_of(SMALL_LLAMA)
+    low, high = trace_step(kind, SIZE), trace_step(kind, next(second_sizes(SIZE, "cpu")))
+    first, *others = high.events
+    changed = dataclasses.replace(high, events=(first._replace(nbytes=8191), *others))
+    with pytest.raises(OtherOperationsError, match="follows no term"):
+        profile_from(low, changed, "cpu")
+
+
+def test_traces_that_differ_in_more_than_sizes_are_refused() -> None:
+    low = trace_step(kind_of(SMALL_LLAMA), SIZE)
+    high = trace_step(kind_of(SMALL_LLAMA, optimizer="sgd"), SIZE._replace(rank=24))
+    with pytest.raises(OtherOperationsError, match="other operations"):
+        profile_from(low, high, "cpu")
+
+
+def test_on_cuda_lengths_that_kernels_pad_are_traced_themselves() -> None:
+    kind = kind_of(SMALL_LLAMA, device_type="cuda")
+    profile = profile_at(kind, StepSize(8, 4, 256, 128))
+    for lengths in ((384, 256), (128, 640)):
+        size = StepSize(40, 3, *lengths)
+        assert profile.sizes(size, 512).tolist() == rounded(trace_step(kind, size), 512)
+    assert not profile.covers(StepSize(8, 4, 200, 128))
+    odd = profile_at(kind, StepSize(8, 4, 200, 150))
+    assert odd.covers(StepSize(9, 2, 200, 150)) and not odd.covers(StepSize(8, 4, 256, 150))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("first", [(8, 4, 40, 40), (8, 1, 512, 512), (8, 2, 3, 7), (8, 8, 8192, 0)])
+def test_second_sizes_tell_every_term_from_every_other(
+    first: tuple[int, int, int, int], device_type: str
+) -> None:
+    low = StepSize(*first)
+    candidates = list(second_sizes(low, device_type))
+    assert candidates[-1] == low._replace(rank=24)
+    high = candidates[0]
+    changed = [i for i in range(4) if low[i] != high[i]]
+    assert 0 in changed and (low.micro_batch_size == 1 or 1 in changed)
+    grown = [
+        Fraction(math.prod(high[i] ** e for i, e in zip(changed, exponents, strict=True)),
+                 math.prod(low[i] ** e for i, e in zip(changed, exponents, strict=True)))
+        for exponents in itertools.product(range(3), repeat=len(changed))
+    ]  # fmt: skip
+    assert len(set(grown)) >= len(grown) - 3 ** (len(changed) - 1)  # b squared is no term
 
 
 def test_a_straight_line_through_two_peaks_would_predict_too_little() -> None:
-    shape = step_shape(gradient_checkpointing=True)
-    planner = planner_for(shape, SMALL_LLAMA)
-    at_4, at_8 = (predict(planner, rank, shape).peak_bytes for rank in (4, 8))
+    planner = planner_of(SMALL_LLAMA, LENGTH, gradient_checkpointing=True)
+    at_4, at_8 = (predict(planner, rank, 4).peak_bytes for rank in (4, 8))
     line = at_4 + (at_8 - at_4) // 4 * (512 - 4)
-    assert line < 0.97 * predict(planner, 512, shape).peak_bytes
+    assert line < 0.97 * predict(planner, 512, 4).peak_bytes
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [16, 4, 1])
 def test_prediction_is_close_to_the_measured_peak(micro_batch_size: int, accumulate: bool) -> None:
-    shape = step_shape(LLAMA, micro_batch_size=micro_batch_size, accumulate=accumulate)
-    planner = planner_for(shape, LLAMA)
+    planner = planner_of(LLAMA, LENGTH)
+    kind = kind_of(LLAMA, accumulate=accumulate)
     for rank in (2, 128) if accumulate else (8, 32):
-        predicted = predict(planner, rank, shape).peak_bytes
-        assert abs(error(predicted, measured_peak(shape, rank))) < 0.005
+        predicted = predict(planner, rank, micro_batch_size, accumulate).peak_bytes
+        assert abs(error(predicted, measured_peak(kind, rank, micro_batch_size))) < 0.005
 
 
 @pytest.mark.parametrize(
@@ -266,10 +281,10 @@ def test_prediction_is_close_to_the_measured_peak(micro_batch_size: int, accumul
         (SMALL_LLAMA, {"optimizer": "sgd"}, 8),
         (SMALL_LLAMA, {"optimizer": "adafactor", "accumulate": True}, 8),
         (SMALL_LLAMA, {"gradient_checkpointing": True}, 4),
-        (SMALL_LLAMA, {"dtype": torch.bfloat16}, 4),
-        (SMALL_LLAMA, {"dtype": torch.bfloat16, "gradient_checkpointing": True}, 4),
+        (SMALL_LLAMA, {"dtype": "bfloat16"}, 4),
+        (SMALL_LLAMA, {"dtype": "bfloat16", "gradient_checkpointing": True}, 4),
         (SMALL_LLAMA, {"attn_implementation": "eager"}, 4),
-        (SMALL_LLAMA, {"train_length": 16, "eval_length": 64, "target_modules": "attention"}, 4),
+        (SMALL_LLAMA, {"target_modules": "attention"}, 4),
         (GPT2, {}, 16),
         (QWEN2, {}, 16),
     ],
@@ -277,68 +292,88 @@ def test_prediction_is_close_to_the_measured_peak(micro_batch_size: int, accumul
 def test_prediction_holds_for_every_setting(
     config: PretrainedConfig, changes: dict[str, Any], rank: int
 ) -> None:
-    shape = step_shape(config, **changes)
-    predicted = predict(planner_for(shape, config), rank, shape).peak_bytes
-    measured = measured_peak(shape, rank)
+    kind = kind_of(config, **changes)
+    eval_length = 64 if kind.target_modules == "attention" else LENGTH
+    planner = planner_of(config, LENGTH, eval_length, **changes)
+    predicted = predict(planner, rank, 4, kind.accumulate).peak_bytes
+    measured = measured_peak(kind, rank, eval_length=eval_length)
     assert -ALLOWANCE < error(predicted, measured) < 0.03
 
 
 @pytest.fixture(scope="module")
 def planner() -> MemoryPlanner:
-    return planner_for(step_shape(), SMALL_LLAMA)
-
-
-SEARCH: dict[str, Any] = {"target_modules": "all-linear", "optimizer": "adamw", "batch_size": 4}
+    return planner_of(SMALL_LLAMA, LENGTH)
 
 
 def test_memory_grows_with_rank_and_micro_batch(planner: MemoryPlanner) -> None:
     def peak(rank: int, micro_batch_size: int) -> int:
-        return planner.predict(rank, micro_batch_size=micro_batch_size, **SEARCH).peak_bytes
+        return planner.predict(rank, batch_size=4, micro_batch_size=micro_batch_size).peak_bytes
 
     assert all(peak(low, 4) < peak(high, 4) for low, high in itertools.pairwise((1, 2, 8, 64, 999)))
     assert peak(8, 1) < peak(8, 2) < peak(8, 4)
 
 
 def test_largest_micro_batch_is_the_largest_that_fits(planner: MemoryPlanner) -> None:
-    sizes = {n: planner.predict(8, micro_batch_size=n, **SEARCH) for n in (1, 2, 4)}
+    sizes = {n: planner.predict(8, batch_size=4, micro_batch_size=n) for n in (1, 2, 4)}
+
+    def largest(budget: int, **settings: Any) -> Prediction | None:
+        return planner.largest_micro_batch(8, memory_budget_bytes=budget, batch_size=4, **settings)
+
     for size, prediction in sizes.items():
         needed = planner.needed_bytes(prediction)
         assert needed == int(prediction.peak_bytes * (1 + ALLOWANCE))
-        assert planner.largest_micro_batch(8, memory_budget_bytes=needed, **SEARCH) == prediction
-        below = planner.largest_micro_batch(8, memory_budget_bytes=needed - 1, **SEARCH)
-        assert below == sizes.get(size // 2)
-    fixed = planner.largest_micro_batch(8, memory_budget_bytes=2**40, micro_batch_size=2, **SEARCH)
-    assert fixed == sizes[2]
+        assert largest(needed) == prediction
+        assert largest(needed - 1) == sizes.get(size // 2)
+    assert largest(2**40, micro_batch_size=2) == sizes[2]
 
 
-def test_largest_rank_fits_and_the_next_does_not(planner: MemoryPlanner) -> None:
-    budget = planner.needed_bytes(planner.predict(37, micro_batch_size=1, **SEARCH))
-    assert planner.largest_rank(memory_budget_bytes=budget, **SEARCH) == 37
-    assert planner.largest_rank(memory_budget_bytes=budget, micro_batch_size=4, **SEARCH) < 37
-    assert planner.largest_rank(memory_budget_bytes=1000, **SEARCH) == 0
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_largest_rank_fits_and_the_next_does_not(device_type: str) -> None:
+    planner = planner_of(SMALL_LLAMA, LENGTH, device_type=device_type)
+    for micro_batch_size in ("auto", 4):
+        settings: dict[str, Any] = {"batch_size": 4, "micro_batch_size": micro_batch_size}
+        for budget in (planner.outside_bytes + 2 * 2**20, planner.outside_bytes + 9 * 10**6):
+            limit = {"memory_budget_bytes": budget, **settings}
+            rank = planner.largest_rank(**limit)
+            assert rank == 0 or planner.largest_micro_batch(rank, **limit)
+            assert planner.largest_micro_batch(rank + 1, **limit) is None
+    assert planner.largest_rank(memory_budget_bytes=1000, batch_size=4) == 0
+
+
+def test_only_the_first_part_of_a_batch_has_the_longest_row() -> None:
+    """A batch is cut longest first, and gradients are there from the second part on."""
+    rows = [64, 40, 16, 16]
+    planner = MemoryPlanner(kind_of(SMALL_LLAMA), train_lengths=rows, eval_length=8)
+    longest = MemoryPlanner(kind_of(SMALL_LLAMA), train_lengths=rows[:1], eval_length=8)
+
+    def peaks(rank: int) -> tuple[int, int, int]:
+        first, second = (
+            profile.predict(StepSize(rank, 2, length, 8), "cpu").peak_bytes
+            for profile, length in (
+                (profile_at(kind_of(SMALL_LLAMA)), 64),
+                (profile_at(kind_of(SMALL_LLAMA, accumulate=True)), 16),
+            )
+        )
+        return predict(planner, rank, 2, True).peak_bytes, first, second
+
+    for rank in (4, 2048):
+        found, first, second = peaks(rank)
+        assert found == max(first, second) < predict(longest, rank, 2, True).peak_bytes
+    assert first < second  # at a high rank the gradients outweigh the longer row
 
 
 def test_what_cannot_be_planned_is_refused(planner: MemoryPlanner) -> None:
     with pytest.raises(ValueError, match=r"must divide batch_size.*\[1, 2, 4\]"):
-        planner.predict(8, micro_batch_size=3, **SEARCH)
+        planner.predict(8, batch_size=4, micro_batch_size=3)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        planner.predict(0, micro_batch_size=1, **SEARCH)
+        planner.predict(0, batch_size=4, micro_batch_size=1)
     with pytest.raises(ValueError, match="device_type"):
-        planner_for(step_shape(device_type="mps"), SMALL_LLAMA)
+        planner_of(SMALL_LLAMA, LENGTH, device_type="mps")
 
 
-def test_traces_that_differ_in_more_than_sizes_are_refused() -> None:
-    shape = step_shape()
-    with pytest.raises(RuntimeError, match="other operations"):
-        RankProfile(
-            trace_step(shape, 4), trace_step(dataclasses.replace(shape, optimizer="sgd"), 8), 64
-        )
-
-
-def test_breakdown_counts_weights_and_adapter_exactly() -> None:
-    shape = step_shape(accumulate=True)
-    prediction = predict(planner_for(shape, SMALL_LLAMA), 16, shape)
-    model = build_model(shape, 16)
+def test_breakdown_counts_weights_and_adapter_exactly(planner: MemoryPlanner) -> None:
+    prediction = predict(planner, 16, 4, accumulate=True)
+    model = build_model(kind_of(SMALL_LLAMA), 16)
     adapter = sum(p.numel() for p in trainable_parameters(model).values())
     base = {p.data_ptr(): p.numel() for p in model.parameters() if not p.requires_grad}
     assert prediction.num_trainable_params == adapter

@@ -16,6 +16,7 @@ import torch
 from architectures import BERT, DECODERS, ENCODERS, VOCABULARY
 from examples import data_of
 from peft import PeftModel
+from planning import planner_of
 from tiny_study import study_values
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -39,7 +40,6 @@ from rsauto.base import load_weights, open_base, prepare, with_labels
 from rsauto.config import ModelConfig, TaskType
 from rsauto.data import Example, TokenisedData, collate
 from rsauto.errors import InputError
-from rsauto.memory.plan import MemoryPlanner
 from rsauto.records import TrialSpec
 from rsauto.search.setup import set_up
 from rsauto.study_file import validate
@@ -188,14 +188,8 @@ def test_predicted_memory_is_what_a_trial_needs(
         Example((3,) * lengths[i % len(lengths)], label=i % 3 if task == CLASSES else None)
         for i in range(8)
     )
-    planner = MemoryPlanner(
-        model_config=model.config,
-        dtype=torch.float32,
-        attn_implementation=str(model.config._attn_implementation),
-        train_length=LENGTH,
-        eval_length=LENGTH,
-        task=task,
-    )
+    attention = model.config._attn_implementation
+    planner = planner_of(model.config, LENGTH, task=task, attn_implementation=attention)
     predicted = planner.predict(
         8,
         target_modules="all-linear",
@@ -412,9 +406,7 @@ def test_a_trace_may_hold_something_as_large_as_the_logits() -> None:
     """18 rows of 64 logits are as large as an MLP's 48 columns at rank 24, not at rank 8."""
     config = ARCHITECTURES["llama"].config()
     assert (config.vocab_size, config.intermediate_size) == (64, 48)
-    planner = MemoryPlanner(
-        model_config=config, dtype=torch.float32, train_length=18, eval_length=18
-    )
+    planner = planner_of(config, 18)
     settings: dict[str, Any] = {"target_modules": "all-linear", "optimizer": "adamw"}
     found = planner.predict(16, batch_size=8, micro_batch_size=1, **settings)
     assert sum(found.breakdown.values()) == found.peak_bytes

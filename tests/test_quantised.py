@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_memory import plain_evaluation, plain_step, random_batch, step_shape
+from planning import planner_of
+from test_memory import plain_evaluation, plain_step, random_batch
 from tiny_study import records, study_values, write_model
 from torch import nn
 from transformers import (
@@ -30,10 +31,9 @@ from rsauto.api import run_study
 from rsauto.base import load_weights, open_base, prepare
 from rsauto.config import ModelConfig
 from rsauto.errors import InputError
+from rsauto.memory.kinds import StepKind
 from rsauto.memory.measure import PeakMeter
-from rsauto.memory.plan import MemoryPlanner, RankProfile
 from rsauto.memory.quantised import stand_in_for_linears
-from rsauto.memory.trace import StepShape, trace_step
 from rsauto.quantisation import Bits, loading_settings, require_bitsandbytes
 from rsauto.records import TrialSpec
 from rsauto.training.flops import linear_weights
@@ -121,43 +121,53 @@ def _is_quantised(module: nn.Module) -> bool:
     return type(module).__name__ in ("Linear8bitLt", "Linear4bit")
 
 
-def measured_peak(folder: Path, shape: StepShape, rank: int) -> int:
+def measured_peak(
+    folder: Path, kind: StepKind, rank: int, micro_batch_size: int, lengths: tuple[int, int]
+) -> int:
     """Of a plain loop over real layers; the memory is reported by the profiler."""
-    assert shape.quant_bits is not None
-    model = prepare(quantised(folder, shape.quant_bits, shape.dtype), shape.gradient_checkpointing)
-    adapted = add_adapter(model, spec_of(rank, adapter_dtype=shape.adapter_dtype))
-    optimizer = build_optimizer(adapted, name=shape.optimizer, learning_rate=1e-4)
+    assert kind.quant_bits is not None
+    base = quantised(folder, kind.quant_bits, getattr(torch, kind.dtype))
+    model = prepare(base, kind.gradient_checkpointing)
+    adapted = add_adapter(model, spec_of(rank, adapter_dtype=kind.adapter_dtype))
+    optimizer = build_optimizer(adapted, name="adamw", learning_rate=1e-4)
     meter = PeakMeter(CPU, adapted, optimizer)
     adapted.train()
     for step in range(2):
         with meter.watch(heavy=step > 0):
-            batch = random_batch(shape.micro_batch_size, shape.train_length)
+            batch = random_batch(micro_batch_size, lengths[0])
             plain_step(adapted, optimizer, [batch])
     adapted.eval()
     with meter.watch():
-        plain_evaluation(adapted, random_batch(shape.micro_batch_size, shape.eval_length))
+        plain_evaluation(adapted, random_batch(micro_batch_size, lengths[1]))
     assert meter.peak_bytes is not None
     return meter.peak_bytes
 
 
 @pytest.mark.parametrize(
-    "bits, changes, rank",
+    "bits, changes, micro_batch_size, lengths, rank",
     [
-        (8, {"dtype": torch.bfloat16, "micro_batch_size": 1}, 64),
-        (8, {"gradient_checkpointing": True}, 16),
-        (8, {"train_length": 8, "eval_length": 96}, 4),
-        (4, {"micro_batch_size": 1}, 2),
-        (4, {"dtype": torch.bfloat16, "adapter_dtype": "bfloat16"}, 16),
-        (4, {"train_length": 8, "eval_length": 96}, 4),
+        (8, {"dtype": "bfloat16"}, 1, (40, 40), 64),
+        (8, {"gradient_checkpointing": True}, 4, (40, 40), 16),
+        (8, {}, 4, (8, 96), 4),
+        (4, {}, 1, (40, 40), 2),
+        (4, {"dtype": "bfloat16", "adapter_dtype": "bfloat16"}, 4, (40, 40), 16),
+        (4, {}, 4, (8, 96), 4),
     ],
 )
 def test_prediction_is_close_to_the_measured_peak(
-    llama_folder: Path, bits: Bits, changes: dict[str, Any], rank: int
+    llama_folder: Path,
+    bits: Bits,
+    changes: dict[str, Any],
+    micro_batch_size: int,
+    lengths: tuple[int, int],
+    rank: int,
 ) -> None:
-    shape = step_shape(LLAMA, quant_bits=bits, **changes)
-    profile = RankProfile(trace_step(shape, 8), trace_step(shape, 24), 64)
-    predicted = profile.predict(rank, shape).peak_bytes
-    assert abs(predicted / measured_peak(llama_folder, shape, rank) - 1) < 0.01
+    planner = planner_of(LLAMA, *lengths, quant_bits=bits, **changes)
+    predicted = planner.predict(
+        rank, batch_size=micro_batch_size, micro_batch_size=micro_batch_size
+    ).peak_bytes
+    measured = measured_peak(llama_folder, planner.kind, rank, micro_batch_size, lengths)
+    assert abs(predicted / measured - 1) < 0.01
 
 
 def test_llama_8b_is_planned_from_its_configuration() -> None:
@@ -171,14 +181,7 @@ def test_llama_8b_is_planned_from_its_configuration() -> None:
         vocab_size=vocabulary,
         tie_word_embeddings=False,
     )
-    planner = MemoryPlanner(
-        model_config=config,
-        dtype=torch.bfloat16,
-        train_length=512,
-        eval_length=512,
-        device_type="cuda",
-        quant_bits=8,
-    )
+    planner = planner_of(config, 512, dtype="bfloat16", device_type="cuda", quant_bits=8)
     prediction = planner.predict(
         rank,
         target_modules="all-linear",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -54,27 +54,25 @@ def target_module_names(model: nn.Module, choice: str | tuple[str, ...]) -> list
     return [name for name in linear if any(_matches(name, suffix) for suffix in wanted)]
 
 
-def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
+def add_adapter(model: nn.Module, spec: TrialSpec, **options: Any) -> PeftModel:
     """Wraps ``model`` with the spec's adapter; the base weights are frozen and shared.
 
     The factors are initialised by PEFT (A Kaiming-uniform, B zero) from torch's global generator:
     seed it first. gamma_r is set explicitly, so that every exponent of r can be studied.
+    ``options`` are further fields of PEFT's LoraConfig.
     """
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.scaling_rule == "rslora",
         target_modules=target_module_names(model, spec.target_modules),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        lora_dropout=0.0,
+        fan_in_fan_out=has_conv1d(model),
         bias="none",
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         modules_to_save=head_module_names(model) or None,
+        **{"lora_dropout": 0.0, **options},
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for a property by its old name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", append=False)
-        adapted = _wrap(model, config)
+    adapted = wrap(model, config)
     hold_heads_in_float32(adapted)
     factor = gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent)
     for layer in lora_layers(adapted):
@@ -89,7 +87,20 @@ def add_adapter(model: nn.Module, spec: TrialSpec) -> PeftModel:
     return adapted
 
 
-def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
+def has_conv1d(model: nn.Module) -> bool:
+    """Whether it has layers that keep their weights transposed, as GPT-2 does."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """PEFT's model of ``config`` around ``model``, which is left as it was if that fails."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for a property by its old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", append=False)
+        return _wrap(model, config)
+
+
+def _wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
     had_hooks = bool(getattr(model, "_require_grads_hooks", None))
     if had_hooks:
         # PEFT sets these hooks once more with every adapter, and never removes one.

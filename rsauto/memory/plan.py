@@ -1,313 +1,352 @@
-"""Peak memory as a function of the rank, and what fits a budget; before anything is loaded.
+"""`rsauto.plan`: what every rank needs on a GPU, before anything is loaded or trained.
 
-Every storage of a step has a size that is affine in the rank r: a + b r bytes. Two traces give a
-and b of every event, and the peak at any rank is the highest running sum of the events,
-
-    peak(r) = max_i sum_{k <= i} round_up(a_k + b_k r)
-
-which is the upper envelope of straight lines (up to the allocator's rounding), not a straight line
-through two peaks: at low ranks the peak is where the loss is, at high ranks where backward ends.
+Nothing but the model's configuration is read. What was planned before is answered from disk, and
+then no torch is imported.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from transformers import PretrainedConfig
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from rsauto.config import TaskType
 from rsauto.errors import InputError
-from rsauto.memory.caching import reserved_bytes
-from rsauto.memory.recorder import StorageEvent
-from rsauto.memory.trace import StepShape, StepTrace, trace_step
-from rsauto.quantisation import Bits
-from rsauto.scaling import OptimizerName
+from rsauto.memory.changes import Change, cheapest_change
+from rsauto.memory.devices import Budget, Device, context_bytes, parse_budget, workspace_bytes
+from rsauto.memory.kinds import (
+    Attention,
+    Bits,
+    DeviceType,
+    DtypeName,
+    PlannedMethod,
+    PlannedOptimizer,
+    Prediction,
+    StepKind,
+    Targets,
+    require_known,
+)
+from rsauto.memory.planner import MemoryPlanner, MicroBatch
+from rsauto.memory.profiles import Profiles
+from rsauto.memory.shape import ModelShape, model_shape
 
-Targets = str | tuple[str, ...]
-MicroBatch = int | Literal["auto"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-TRACED_RANKS = (8, 24)
-"""Any two would do; these meet no dimension of a usual model."""
-
-GRANULE_BYTES = {"cpu": 64, "cuda": 512}
-"""Allocators round up to a multiple: c10's alignment on the CPU, kMinBlockSize on CUDA."""
-
-ALLOWANCE = 0.02
-"""Share added before a prediction is compared to the budget: kernels' own scratch is not seen."""
-
-CUDA_CONTEXT_BYTES = 512 * 2**20
-"""Driver context and loaded kernels of one process; 0.3 to 0.6 GiB depending on the card."""
-
-CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
-"""One for the forward and one for the backward thread; 32 MiB each on Hopper, less elsewhere."""
+RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Planned unless others are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """Memory of one optimizer step and one evaluation at one rank."""
+class PlannedRank:
+    """One row of a plan."""
 
     rank: int
-    micro_batch_size: int
-    peak_bytes: int
-    """Highest number of bytes in use."""
-    reserved_bytes: int
-    """What the CUDA caching allocator holds for them; on a CPU the same as in use."""
-    num_trainable_params: int
-    breakdown: dict[str, int]
-    """Bytes at the peak by what they are for; they sum to peak_bytes."""
-    phase: str
-    """Where the peak is: forward, backward, optimizer or evaluation."""
+    prediction: Prediction
+    needed_bytes: int
+    """Reserved memory, the allowance, and what CUDA keeps for itself."""
+    fits: bool | None
+    """None without a budget."""
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the saved adapter, in float32."""
+        return 4 * self.prediction.num_trainable_params
 
 
-class RankProfile:
-    """The events of one step as a function of the rank."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What each rank needs, and what fits."""
 
-    def __init__(self, low: StepTrace, high: StepTrace, granule: int) -> None:
-        """Two traces of one shape at different ranks; `granule` is what sizes are rounded to."""
-        if _order(low) != _order(high):
-            raise RuntimeError(
-                f"The step at rank {low.rank} runs other operations than at rank {high.rank}, "
-                "so its memory cannot be predicted for every rank from these two."
-            )
-        at_low = np.array([e.nbytes for e in low.events], dtype=np.int64)
-        at_high = np.array([e.nbytes for e in high.events], dtype=np.int64)
-        distance = high.rank - low.rank
-        assert not ((at_high - at_low) % distance).any(), "event sizes are not affine in the rank"
-        self._slopes = (at_high - at_low) // distance
-        self._constants = at_low - self._slopes * low.rank
-        self._granule = granule
-        self._params_per_rank = (high.num_trainable_params - low.num_trainable_params) // distance
-        self._first = low
+    model: str
+    ranks: tuple[PlannedRank, ...]
+    """Ascending."""
+    memory_budget: Budget | None
+    largest_rank: int | None
+    """The largest that fits, asked for or not; 0 when none does, None without a budget."""
+    batch_size: int
+    micro_batch_size: MicroBatch
+    max_length: int
+    planner: MemoryPlanner
 
-    def sizes(self, rank: int) -> npt.NDArray[np.int64]:
-        """Bytes that each event allocates (positive) or frees, as the allocator rounds them."""
-        exact = self._constants + self._slopes * rank
-        rounded: npt.NDArray[np.int64] = -(-np.abs(exact) // self._granule) * self._granule
-        signed: npt.NDArray[np.int64] = np.sign(exact) * rounded
-        return signed
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        return None if self.memory_budget is None else self.memory_budget.total_bytes
 
-    def num_trainable_params(self, rank: int) -> int:
-        first = self._first
-        return first.num_trainable_params + (rank - first.rank) * self._params_per_rank
+    def at(self, rank: int) -> PlannedRank:
+        """The row of any rank, also one that was not asked for."""
+        known = {row.rank: row for row in self.ranks}
+        return known.get(rank) or _row(self, rank)
 
-    def predict(self, rank: int, shape: StepShape) -> Prediction:
-        sizes = self.sizes(rank)
-        in_use = sizes.cumsum()
-        top = int(in_use.argmax())
-        breakdown: dict[str, int] = {}
-        for event, size in zip(self._first.events[: top + 1], sizes, strict=False):
-            breakdown[event.tag] = breakdown.get(event.tag, 0) + int(size)
-        peak = int(in_use[top])
-        on_cuda = shape.device_type == "cuda"
-        storages = [event.storage for event in self._first.events]
-        changes = zip(storages, sizes.tolist(), strict=True)
-        return Prediction(
-            rank=rank,
-            micro_batch_size=shape.micro_batch_size,
-            peak_bytes=peak,
-            reserved_bytes=reserved_bytes(changes) if on_cuda else peak,
-            num_trainable_params=self.num_trainable_params(rank),
-            breakdown=breakdown,
-            phase=self._first.events[top].phase,
-        )
+    def cheapest_change(self, rank: int) -> Change | None:
+        """What makes `rank` fit for the least loss in time and quality; None if nothing does.
 
-
-class MemoryPlanner:
-    """Predicts the memory of LoRA trials on one model and dataset. Traces are made when needed.
-
-    `model_config` is the configuration of the model that is trained; lengths are the longest
-    sequences in tokens. Evaluation runs in batches of micro_batch_size sequences.
-    """
-
-    def __init__(
-        self,
-        *,
-        model_config: PretrainedConfig,
-        dtype: torch.dtype,
-        attn_implementation: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        train_length: int,
-        eval_length: int,
-        device_type: str = "cpu",
-        task: TaskType = "CAUSAL_LM",
-        has_token_types: bool = False,
-        quant_bits: Bits | None = None,
-        adapter_dtype: Literal["float32", "bfloat16"] = "float32",
-    ) -> None:
-        if device_type not in GRANULE_BYTES:
-            raise ValueError(f"device_type must be 'cpu' or 'cuda', but got {device_type!r}.")
-        self._model_config: str = model_config.to_json_string(use_diff=False)
-        self._dtype = dtype
-        self._attn_implementation = attn_implementation
-        self._gradient_checkpointing = gradient_checkpointing
-        self._train_length = train_length
-        self._eval_length = eval_length
-        self._device_type = device_type
-        self._task = task
-        self._has_token_types = has_token_types
-        self._quant_bits = quant_bits
-        self._adapter_dtype = adapter_dtype
-        self._profiles: dict[StepShape, RankProfile] = {}
-
-    def predict(
-        self,
-        rank: int,
-        *,
-        target_modules: Targets,
-        optimizer: OptimizerName,
-        batch_size: int,
-        micro_batch_size: int,
-        clip: bool = True,
-    ) -> Prediction:
-        """Memory at `rank` with `batch_size` sequences a step, `micro_batch_size` at a time."""
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, but got {rank=}.")
-        if micro_batch_size < 1 or batch_size % micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size must divide batch_size, but got {micro_batch_size=} and "
-                f"{batch_size=}. Use one of {_divisors(batch_size)}."
-            )
-        shape = StepShape(
-            model_config=self._model_config,
-            dtype=self._dtype,
-            attn_implementation=self._attn_implementation,
-            gradient_checkpointing=self._gradient_checkpointing,
-            target_modules=target_modules,
-            optimizer=optimizer,
-            clip=clip,
-            micro_batch_size=micro_batch_size,
-            accumulate=micro_batch_size < batch_size,
-            train_length=self._train_length,
-            eval_length=self._eval_length,
-            device_type=self._device_type,
-            task=self._task,
-            has_token_types=self._has_token_types,
-            quant_bits=self._quant_bits,
-            adapter_dtype=self._adapter_dtype,
-        )
-        return self._profile(shape).predict(rank, shape)
-
-    def needed_bytes(self, prediction: Prediction) -> int:
-        """What a budget must hold: reserved memory, an allowance, and CUDA's own on CUDA.
-
-        On a CPU only tensors count, not the interpreter and its libraries.
+        Tried in this order: smaller micro-batches, gradient checkpointing, 8-bit and 4-bit bases,
+        shorter sequences. Raises ValueError without a budget, or where the rank fits as it is.
         """
-        own = CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES if self._device_type == "cuda" else 0
-        return own + int(prediction.reserved_bytes * (1 + ALLOWANCE))
-
-    def largest_micro_batch(
-        self,
-        rank: int,
-        *,
-        memory_budget_bytes: int,
-        target_modules: Targets,
-        optimizer: OptimizerName,
-        batch_size: int,
-        micro_batch_size: MicroBatch = "auto",
-        clip: bool = True,
-    ) -> Prediction | None:
-        """The prediction for the largest micro-batch that fits the budget, None if none does.
-
-        "auto" chooses among the divisors of `batch_size`, so that gradient accumulation holds the
-        global batch; a number allows only itself.
-        """
-
-        def fitting(size: int) -> Prediction | None:
-            prediction = self.predict(
-                rank,
-                target_modules=target_modules,
-                optimizer=optimizer,
-                batch_size=batch_size,
-                micro_batch_size=size,
-                clip=clip,
-            )
-            return prediction if self.needed_bytes(prediction) <= memory_budget_bytes else None
-
-        if micro_batch_size != "auto":
-            return fitting(micro_batch_size)
-        *smaller, whole = _divisors(batch_size)
-        # The whole batch stands apart: without accumulation it may need less than a part of it.
-        return fitting(whole) or _last_that_fits(smaller, fitting)
-
-    def largest_rank(
-        self,
-        *,
-        memory_budget_bytes: int,
-        target_modules: Targets,
-        optimizer: OptimizerName,
-        batch_size: int,
-        micro_batch_size: MicroBatch = "auto",
-        clip: bool = True,
-    ) -> int:
-        """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does."""
-
-        def fits(rank: int) -> bool:
-            prediction = self.largest_micro_batch(
-                rank,
-                memory_budget_bytes=memory_budget_bytes,
-                target_modules=target_modules,
-                optimizer=optimizer,
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
-                clip=clip,
-            )
-            return prediction is not None
-
-        fitting, too_large = 0, 1
-        while fits(too_large):  # ends: memory grows with the rank without bound
-            fitting, too_large = too_large, 2 * too_large
-        while too_large - fitting > 1:
-            middle = (fitting + too_large) // 2
-            fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
-        return fitting
-
-    def _cannot_plan(self, error: Exception) -> str:
-        model_type = json.loads(self._model_config).get("model_type")
-        reason = str(error).strip().split("\n")[0]
-        return (
-            f"model.name: a training step of this {model_type} model cannot be followed without "
-            f"data, so its memory cannot be planned and no trial is started "
-            f"({type(error).__name__}: {reason}). Choose another architecture."
+        row = self.at(rank)
+        if self.memory_budget_bytes is None:
+            raise ValueError("cheapest_change needs a plan with a memory_budget")
+        if row.fits:
+            raise ValueError(f"rank {rank} fits as it is")
+        return cheapest_change(
+            self.planner, row, self.memory_budget_bytes, self.batch_size, self.max_length
         )
 
-    def _profile(self, shape: StepShape) -> RankProfile:
-        if shape not in self._profiles:
-            try:
-                low, high = (trace_step(shape, rank) for rank in TRACED_RANKS)
-                profile = RankProfile(low, high, GRANULE_BYTES[self._device_type])
-            except (RuntimeError, NotImplementedError, AttributeError) as error:
-                # Steps that depend on values, such as a count of end-of-text tokens.
-                raise InputError(self._cannot_plan(error)) from error
-            self._profiles[shape] = profile
-        return self._profiles[shape]
+    def feasible(
+        self,
+        *,
+        ranks: Iterable[int] | None = None,
+        micro_batch_sizes: Iterable[int] | None = None,
+        max_lengths: Iterable[int] | None = None,
+        gradient_checkpointing: Iterable[bool] | None = None,
+        quant_bits: Iterable[Bits | None] | None = None,
+    ) -> pd.DataFrame:
+        """A row for every combination, with what it needs and whether it fits.
+
+        What is not given stays as in the plan. Every combination of checkpointing, quantisation
+        and "one sequence, or several" is traced once, seconds each for a large model.
+        """
+        from rsauto.memory.tables import feasible_frame
+
+        kind = self.planner.kind
+        own_micro = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
+        combinations = itertools.product(
+            quant_bits or [kind.quant_bits],
+            gradient_checkpointing or [kind.gradient_checkpointing],
+            max_lengths or [self.max_length],
+            micro_batch_sizes or [own_micro],
+            ranks or [row.rank for row in self.ranks],
+        )
+        return feasible_frame(self, combinations)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a rank, indexed by it; bytes, and the breakdown of the peak."""
+        from rsauto.memory.tables import plan_frame
+
+        return plan_frame(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `rsauto plan --json` prints."""
+        return {
+            "model": self.model,
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "ranks": [_json_row(row) for row in self.ranks],
+            "largest_rank": self.largest_rank,
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "max_length": self.max_length,
+            "outside_bytes": self.planner.outside_bytes,
+            "allowance": self.planner.allowance,
+        }
 
 
-def _order(trace: StepTrace) -> list[StorageEvent]:
-    """What is allocated and freed when; not how much, nor what it is taken for.
+def plan(
+    model: str | Path | Mapping[str, Any] | Any,
+    *,
+    memory_budget: int | str | None = None,
+    ranks: Sequence[int] = RANKS,
+    batch_size: int = 1,
+    micro_batch_size: MicroBatch | None = None,
+    max_length: int = 512,
+    eval_length: int | None = None,
+    method: PlannedMethod = "rslora",
+    target_modules: Targets = "all-linear",
+    lora_dropout: float = 0.0,
+    optimizer: PlannedOptimizer = "adamw",
+    dtype: DtypeName | Literal["auto"] = "auto",
+    adapter_dtype: DtypeName = "float32",
+    autocast: Literal["bfloat16", "float16"] | None = None,
+    quant_bits: Bits | None = None,
+    attn_implementation: Attention = "auto",
+    gradient_checkpointing: bool = False,
+    use_reentrant: bool | None = None,
+    padded: bool = True,
+    clip: bool = True,
+    task: TaskType = "CAUSAL_LM",
+    num_labels: int = 2,
+    revision: str | None = None,
+    device: DeviceType = "cuda",
+    profiles: Profiles | None = None,
+) -> Plan:
+    """Peak memory of every rank on a GPU, without one, and the largest rank that fits.
 
-    Logits are told by their size, which something else may have at one rank and not at another.
+    ``model`` is the name of a well-known shape ('llama-2-7b'), a folder or config.json, a hub id,
+    'embedded', a configuration as a dict or of transformers, or a loaded model. ``memory_budget``
+    is a size ('24GiB'), a GPU ('rtx4090'), 'auto' for the GPU of this machine, or None.
+    ``micro_batch_size`` is the whole batch unless given; 'auto' takes the largest that fits.
+    ``max_length`` are the tokens of the longest training sequence, ``eval_length`` (as long unless
+    given, 0 for no evaluation) of the longest in evaluation. ``padded`` says that sequences differ
+    in length. Everything else is named as in transformers and PEFT.
+
+    Raises InputError for what is wrong or cannot be built.
     """
-    return [event._replace(nbytes=0, tag="activations") for event in trace.events]
+    chosen_ranks = _checked_ranks(ranks)
+    _require_positive(batch_size=batch_size, max_length=max_length, num_labels=num_labels)
+    micro = batch_size if micro_batch_size is None else micro_batch_size
+    if micro != "auto" and (micro < 1 or batch_size % micro):
+        raise InputError(
+            f"micro_batch_size: {micro} does not divide batch_size {batch_size}. Give a divisor of "
+            "it, or auto."
+        )
+    shape = model_shape(model, task=task, num_labels=num_labels, revision=revision)
+    budget = None if memory_budget is None else resolve_budget(memory_budget)
+    kind = StepKind(
+        model_config=shape.config_json,
+        task=task,
+        method=method,
+        target_modules=target_modules,
+        lora_dropout=lora_dropout,
+        optimizer=optimizer,
+        dtype=shape.dtype if dtype == "auto" else dtype,
+        adapter_dtype=adapter_dtype,
+        autocast=autocast,
+        quant_bits=shape.quant_bits or quant_bits,
+        attn_implementation=attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        use_reentrant=use_reentrant if gradient_checkpointing else None,
+        padded=padded,
+        clip=clip,
+        device_type=device,
+    )
+    require_known(kind)
+    _require_positions(shape, max_length)
+    planner = MemoryPlanner(
+        kind,
+        train_lengths=(max_length,),
+        eval_length=max_length if eval_length is None else eval_length,
+        profiles=profiles or Profiles.on_disk(),
+        outside_bytes=outside_bytes(kind.device_type, budget),
+    )
+    return _planned(
+        shape.name, planner, budget, chosen_ranks, batch_size=batch_size, micro=micro,
+        max_length=max_length,
+    )  # fmt: skip
 
 
-def _last_that_fits(
-    sizes: list[int], fitting: Callable[[int], Prediction | None]
-) -> Prediction | None:
-    """The prediction of the largest of ascending `sizes` that fits; by halves, traces are slow."""
-    best: Prediction | None = None
-    while sizes:
-        middle = len(sizes) // 2
-        prediction = fitting(sizes[middle])
-        best = prediction or best
-        sizes = sizes[middle + 1 :] if prediction else sizes[:middle]
-    return best
+def _planned(
+    name: str,
+    planner: MemoryPlanner,
+    budget: Budget | None,
+    ranks: tuple[int, ...],
+    *,
+    batch_size: int,
+    micro: MicroBatch,
+    max_length: int,
+) -> Plan:
+    empty = Plan(
+        model=name,
+        ranks=(),
+        memory_budget=budget,
+        largest_rank=None,
+        batch_size=batch_size,
+        micro_batch_size=micro,
+        max_length=max_length,
+        planner=planner,
+    )
+    largest = None
+    if budget is not None:
+        largest = planner.largest_rank(
+            memory_budget_bytes=budget.total_bytes, batch_size=batch_size, micro_batch_size=micro
+        )
+    rows = tuple(_row(empty, rank) for rank in ranks)
+    return replace(empty, ranks=rows, largest_rank=largest)
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _row(plan: Plan, rank: int) -> PlannedRank:
+    """At the largest micro-batch that fits, or the smallest allowed where none does."""
+    planner, micro, budget = plan.planner, plan.micro_batch_size, plan.memory_budget_bytes
+    found = None
+    if micro == "auto" and budget is not None:
+        found = planner.largest_micro_batch(
+            rank, memory_budget_bytes=budget, batch_size=plan.batch_size
+        )
+    if found is None:
+        smallest = 1 if budget is not None else plan.batch_size
+        found = planner.predict(
+            rank,
+            batch_size=plan.batch_size,
+            micro_batch_size=smallest if micro == "auto" else micro,
+        )
+    needed = planner.needed_bytes(found)
+    return PlannedRank(
+        rank=rank,
+        prediction=found,
+        needed_bytes=needed,
+        fits=None if budget is None else needed <= budget,
+    )
+
+
+def resolve_budget(memory_budget: int | str) -> Budget:
+    """A size, a GPU's name, or 'auto': the memory of this machine's GPU that is free now.
+
+    Raises InputError for anything else, and for 'auto' where there is no GPU.
+    """
+    if memory_budget != "auto":
+        return parse_budget(str(memory_budget))
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            "memory_budget: auto asks the GPU of this machine, and it has none that PyTorch can "
+            "use. Give a size such as 24GiB, or a GPU such as rtx4090."
+        )
+    free, _ = torch.cuda.mem_get_info()
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = Device(found.name, found.total_memory, (found.major, found.minor), "this machine")
+    return Budget(free, device, f"{found.name}, free now")
+
+
+def outside_bytes(device_type: str, budget: Budget | None) -> int:
+    """What CUDA keeps outside of the allocator; nothing on a CPU, where only tensors count."""
+    if device_type == "cpu":
+        return 0
+    device = budget.device if budget else None
+    return context_bytes(device) + workspace_bytes(device)
+
+
+def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    if not ranks or not all(isinstance(rank, int) and 1 <= rank <= 2**20 for rank in ranks):
+        raise InputError(
+            f"ranks: {list(ranks)}. Give whole numbers of at least 1, such as 8, 64 and 256."
+        )
+    return tuple(sorted(set(ranks)))
+
+
+def _require_positive(**numbers: int) -> None:
+    problems = [
+        f"{name}: {number!r} is not a whole number of at least 1."
+        for name, number in numbers.items()
+        if not isinstance(number, int) or number < 1
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _require_positions(shape: ModelShape, max_length: int) -> None:
+    if shape.num_positions is not None and max_length > shape.num_positions:
+        raise InputError(
+            f"max_length: {max_length}, but {shape.name} has positions for "
+            f"{shape.num_positions} tokens. Give at most that."
+        )
+
+
+def _json_row(row: PlannedRank) -> dict[str, Any]:
+    found = row.prediction
+    return {
+        "rank": row.rank,
+        "peak_bytes": found.peak_bytes,
+        "reserved_bytes": found.reserved_bytes,
+        "needed_bytes": row.needed_bytes,
+        "fits": row.fits,
+        "micro_batch_size": found.micro_batch_size,
+        "num_trainable_params": found.num_trainable_params,
+        "adapter_bytes": row.adapter_bytes,
+        "flops_per_token": found.flops_per_token,
+        "breakdown": dict(found.breakdown),
+        "phase": found.phase,
+        "operation": found.operation,
+        "estimated": found.estimated,
+    }

@@ -34,6 +34,8 @@ class StorageEvent(NamedTuple):
     """As asked for; allocators round it up."""
     tag: Tag
     phase: Phase
+    operation: str = ""
+    """The operation that allocated it, such as aten.mm; empty for a free and what was there."""
 
 
 class StorageRecorder(TorchDispatchMode):
@@ -46,7 +48,7 @@ class StorageRecorder(TorchDispatchMode):
         self._casts_in_kernels = device_type == "cpu"
         self._num_logits = 0
         self._tags: list[Tag] = []
-        self._stream: list[tuple[int, int, Phase]] = []
+        self._stream: list[tuple[int, int, Phase, str]] = []
         self._watched: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,17 +57,17 @@ class StorageRecorder(TorchDispatchMode):
                 return args[0].fake_device  # most of the calls; the long way returns the same
             if func is torch.ops.aten._local_scalar_dense.default:
                 return _stand_in_value(args[0].dtype)
-        scratch = _cast_bytes(func, args) if self._casts_in_kernels and _is_pointwise(func) else 0
-        if scratch:
-            self._stream.append((len(self._tags), scratch, self.phase))
-            self._tags.append("activations")
-            number = len(self._tags) - 1
+        casts = _cast_bytes(func, args) if self._casts_in_kernels and _is_pointwise(func) else []
+        scratch = [self._appear(nbytes, "activations", func) for nbytes in casts]
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
-        if scratch:
-            self._stream.append((number, -scratch, self.phase))
+        if isinstance(out, Tensor):
+            self._see(out, func)
+        else:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf, func)
+        for number, nbytes in zip(scratch, casts, strict=True):
+            self._stream.append((number, -nbytes, self.phase, ""))
         return out
 
     def assign(self, tag: Tag, tensors: Iterable[Tensor]) -> None:
@@ -88,8 +90,8 @@ class StorageRecorder(TorchDispatchMode):
         does not matter to the bytes, and dictionaries of weak references may free in any.
         """
         self._watched.clear()
-        ordered: list[tuple[int, int, Phase]] = []
-        frees: list[tuple[int, int, Phase]] = []
+        ordered: list[tuple[int, int, Phase, str]] = []
+        frees: list[tuple[int, int, Phase, str]] = []
         for entry in self._stream:
             if entry[1] < 0:
                 frees.append(entry)
@@ -98,23 +100,32 @@ class StorageRecorder(TorchDispatchMode):
             frees.clear()
             ordered.append(entry)
         ordered += sorted(frees)
-        return tuple(StorageEvent(n, size, self._tags[n], phase) for n, size, phase in ordered)
+        return tuple(
+            StorageEvent(number, nbytes, self._tags[number], phase, operation)
+            for number, nbytes, phase, operation in ordered
+        )
 
-    def _see(self, tensor: Tensor) -> int:
+    def _see(self, tensor: Tensor, func: Any = None) -> int:
         """The number of the tensor's storage, a new one if it was not seen before."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._watched:
             return self._watched[key][0]
-        number, nbytes = len(self._tags), storage.nbytes()
+        nbytes = storage.nbytes()
+        number = self._appear(nbytes, self._first_tag(tensor), func)
 
         def freed(_: object) -> None:
             del self._watched[key]
-            self._stream.append((number, -nbytes, self.phase))
+            self._stream.append((number, -nbytes, self.phase, ""))
 
         self._watched[key] = (number, weakref.ref(storage, freed))
-        self._tags.append(self._first_tag(tensor))
-        self._stream.append((number, nbytes, self.phase))
+        return number
+
+    def _appear(self, nbytes: int, tag: Tag, func: Any) -> int:
+        """The number of a storage that is new."""
+        self._tags.append(tag)
+        number = len(self._tags) - 1
+        self._stream.append((number, nbytes, self.phase, _name(func)))
         return number
 
     def _first_tag(self, tensor: Tensor) -> Tag:
@@ -124,23 +135,28 @@ class StorageRecorder(TorchDispatchMode):
 
 
 @functools.cache
+def _name(func: Any) -> str:
+    return "" if func is None else str(func).rpartition(".")[0]
+
+
+@functools.cache
 def _is_pointwise(func: Any) -> bool:
     return torch.Tag.pointwise in func.tags
 
 
-def _cast_bytes(func: Any, operands: Sequence[Any]) -> int:
-    """Bytes that a pointwise CPU kernel allocates while it runs on operands of several dtypes.
+def _cast_bytes(func: Any, operands: Sequence[Any]) -> list[int]:
+    """Bytes of each cast that a pointwise CPU kernel makes while it runs on several dtypes.
 
     TensorIterator copies operands to the common dtype on the CPU, an operand that is also the
     result once for each; CUDA kernels cast as they load.
     """
     floats = [t for t in operands if isinstance(t, Tensor) and t.is_floating_point()]
     if len({t.dtype for t in floats}) < 2:
-        return 0
+        return []
     common = functools.reduce(torch.promote_types, (t.dtype for t in floats))
     if func._schema.name.endswith("_"):
         floats.append(operands[0])
-    return sum(t.numel() * common.itemsize for t in floats if t.dtype != common)
+    return [t.numel() * common.itemsize for t in floats if t.dtype != common]
 
 
 def _stand_in_value(dtype: torch.dtype) -> bool | int | float:

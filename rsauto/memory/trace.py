@@ -2,8 +2,8 @@
 
 The model is built from its configuration on the meta device, its tensors are replaced by fake CPU
 tensors (shape and dtype, no memory), and one step runs on them with the very functions that
-training uses. Fake CPU tensors stand in for CUDA as well: fake CUDA tensors abort the process
-where PyTorch has no CUDA, and both keep q, k, v, output and log-sum-exp of fused attention.
+training uses. Fake CPU tensors stand in for CUDA as well, because fake CUDA tensors abort the
+process where PyTorch has no CUDA; attention, whose kernels differ, is then replaced.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,19 +21,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rsauto.adapters.head import is_classifier
-from rsauto.adapters.lora import add_adapter, trainable_parameters
-from rsauto.adapters.optimizers import build_optimizer
-from rsauto.architecture import auto_class
+from rsauto.adapters.lora import trainable_parameters
+from rsauto.architecture import architecture_of, attention_of, auto_class
 from rsauto.base import prepare
-from rsauto.config import TaskType
+from rsauto.errors import InputError
+from rsauto.memory.attention import attention_of_cuda, use_flash
+from rsauto.memory.estimate import EstimatedProfile
+from rsauto.memory.kinds import StepKind, StepSize
+from rsauto.memory.methods import METHODS, adapt
+from rsauto.memory.profile import line
 from rsauto.memory.quantised import follow_bitsandbytes, stand_in_for_linears
 from rsauto.memory.recorder import StorageEvent, StorageRecorder
-from rsauto.quantisation import Bits
-from rsauto.records import TrialSpec
-from rsauto.scaling import OptimizerName
+from rsauto.memory.traced_optimizers import planned_optimizer
+from rsauto.training.flops import linear_weights
 from rsauto.training.loop import clip_gradients, gradient_norms
 from rsauto.training.loss import hits_of, summed_cross_entropy, token_mean
 
@@ -42,137 +45,172 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepShape:
-    """Everything but the rank that changes the bytes of a step. Equal shapes give equal traces."""
-
-    model_config: str
-    """The Hugging Face configuration as JSON."""
-    quant_bits: Bits | None = None
-    """Of the base's linear layers; None where they are in `dtype`."""
-    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    dtype: torch.dtype
-    """Of the base weights; adapters are float32."""
-    attn_implementation: str
-    gradient_checkpointing: bool
-    target_modules: str | tuple[str, ...]
-    optimizer: OptimizerName
-    clip: bool
-    """Whether gradients are clipped by their norm."""
-    micro_batch_size: int
-    """Sequences per forward pass, in training and in evaluation."""
-    accumulate: bool
-    """Whether gradients of an earlier micro-batch are alive in the forward pass."""
-    train_length: int
-    """Tokens of the longest training sequence."""
-    eval_length: int
-    """Tokens of the longest evaluation sequence."""
-    device_type: str
-    """"cpu" or "cuda"."""
-    task: TaskType = "CAUSAL_LM"
-    has_token_types: bool = False
-    """Whether batches carry token_type_ids."""
-
-    @property
-    def padded(self) -> bool:
-        """A sequence alone in its micro-batch has no padding, and models then build no mask."""
-        return self.micro_batch_size > 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepTrace:
-    """The events of one step at one rank; what is resident before the step comes first."""
+    """The events of one step of one size; what is resident before the step comes first."""
 
-    rank: int
+    size: StepSize
     num_trainable_params: int
+    linear_weights: tuple[int, int]
+    """(frozen, trainable), as FLOPs are counted from."""
     events: tuple[StorageEvent, ...]
 
 
-def trace_step(shape: StepShape, rank: int) -> StepTrace:
-    """Runs one step of `shape` at `rank` on fake tensors and records its memory."""
+def trace_step(kind: StepKind, size: StepSize) -> StepTrace:
+    """Runs one step of `kind` and `size` on fake tensors and records its memory.
+
+    Raises what the model raises where a step depends on values, which fake tensors do not have.
+    """
     with torch.device("meta"):
-        model = build_model(shape, rank)
+        model = build_model(kind, size.rank)
     with ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if not shape.padded:
+        if kind.device_type == "cuda":
+            stack.enter_context(attention_of_cuda(kind.attn_implementation == "flash_attention_2"))
+        if not kind.padded:
             stack.enter_context(_masks_are_read())
         _replace_meta_tensors(model)
         events = record_step(
             model,
-            shape,
-            train_batch=_blank_batch(shape, shape.train_length),
-            eval_batch=_blank_batch(shape, shape.eval_length),
+            kind,
+            train_batch=_blank_batch(kind, size.micro_batch_size, size.train_length),
+            eval_batch=_blank_batch(kind, size.micro_batch_size, size.eval_length),
         )
-    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    return StepTrace(rank=rank, num_trainable_params=num_trainable, events=events)
+    return StepTrace(
+        size=size,
+        num_trainable_params=sum(p.numel() for p in trainable_parameters(model).values()),
+        linear_weights=linear_weights(model),
+        events=events,
+    )
 
 
-def build_model(shape: StepShape, rank: int) -> PeftModel:
-    """The adapted model as training builds it, on the current default device."""
-    fields: dict[str, Any] = json.loads(shape.model_config)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = auto_class(shape.task).from_config(
-        config, dtype=shape.dtype, attn_implementation=shape.attn_implementation
+def estimated_profile(kind: StepKind, reason: str) -> EstimatedProfile:
+    """The closed form for a step that cannot be traced, from the shapes of the model alone.
+
+    Raises InputError for a method that the closed form does not hold for.
+    """
+    if kind.method == "dora":
+        raise InputError(
+            f"method: dora cannot be planned on this model: a step of it cannot be traced "
+            f"({reason}), and the closed form is for LoRA. Plan rslora, which needs less."
+        )
+    with torch.device("meta"):
+        low, high = (build_model(kind, rank) for rank in (8, 16))
+    config: Any = low.get_base_model().config
+    text = config.get_text_config()
+    linear = (linear_weights(low), linear_weights(high))
+    trained = [sum(p.numel() for p in trainable_parameters(m).values()) for m in (low, high)]
+    frozen = {p: p.numel() * p.itemsize for p in low.parameters() if not p.requires_grad}
+    decoder = getattr(text, "num_decoder_layers", getattr(text, "decoder_layers", 0))
+    is_decoder = kind.task == "CAUSAL_LM"
+    return EstimatedProfile(
+        reason=reason,
+        settings={
+            "weight_bytes": sum(frozen.values()) + sum(b.nbytes for b in low.buffers()),
+            "hidden_size": text.hidden_size,
+            "num_layers": text.num_hidden_layers + (decoder or 0),
+            "num_heads": text.num_attention_heads,
+            "num_classes": text.vocab_size if is_decoder else config.num_labels,
+            "per_token": is_decoder,
+            "adapter_itemsize": getattr(torch, kind.adapter_dtype).itemsize,
+            "state_bytes_per_param": _STATE_BYTES.get(kind.optimizer, 8.0),
+            "activation_itemsize": getattr(torch, kind.autocast or kind.dtype).itemsize,
+            "gradient_checkpointing": kind.gradient_checkpointing,
+            "lora_dropout": kind.lora_dropout > 0,
+            "keeps_attention": kind.attn_implementation not in ("sdpa", "flash_attention_2"),
+        },
+        params=line((8, 16), (trained[0], trained[1])),
+        frozen_linear_weights=linear[0][0],
+        trainable_linear_weights=line((8, 16), (linear[0][1], linear[1][1])),
     )
-    if shape.quant_bits is not None:
-        stand_in_for_linears(model, shape.quant_bits, shape.device_type)
-    prepare(model, shape.gradient_checkpointing)
-    spec = TrialSpec(
-        role="search",
-        method="rslora",
-        rank=rank,
-        alpha=rank,
-        scaling_rule="rslora",
-        target_modules=shape.target_modules,
-        learning_rate=1e-4,
-        adapter_dtype=shape.adapter_dtype,
+
+
+_STATE_BYTES = {"adamw_8bit": 2.0, "adafactor": 0.1, "sgd": 0.0}
+"""Of an optimizer for every trained number, where it is not 8. Adafactor keeps rows and columns."""
+
+
+def build_model(kind: StepKind, rank: int) -> PeftModel:
+    """The adapted model as training builds it, on the current default device.
+
+    Raises InputError where transformers has no such model, or PEFT cannot adapt it.
+    """
+    config, architecture = _architecture(kind)
+    attention = attention_of(architecture, kind.attn_implementation, needs_package=False)
+    flash = attention == "flash_attention_2"
+    model = auto_class(kind.task).from_config(
+        config,
+        dtype=getattr(torch, kind.dtype),
+        attn_implementation="sdpa" if flash else attention,
     )
-    adapted = add_adapter(model, spec)
+    if kind.quant_bits is not None:
+        stand_in_for_linears(model, kind.quant_bits, kind.device_type)
+    if flash:
+        use_flash(model)
+    prepare(model, kind.gradient_checkpointing, kind.use_reentrant)
+    adapted = adapt(model, kind, rank)
     follow_bitsandbytes(adapted)
     return adapted
 
 
+def _architecture(kind: StepKind) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    fields: dict[str, Any] = json.loads(kind.model_config)
+    model_type = fields.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:
+        # Each configuration class of transformers checks its fields in its own way.
+        raise InputError(
+            f"model: transformers cannot read this {model_type!r} configuration ("
+            f"{' '.join(str(error).split())[:300]}). Check its config.json; models with code of "
+            "their own are not supported."
+        ) from error
+    return config, architecture_of(str(model_type), config, kind.task)
+
+
 def record_step(
-    model: PeftModel, shape: StepShape, *, train_batch: Batch, eval_batch: Batch
+    model: PeftModel, kind: StepKind, *, train_batch: Batch, eval_batch: Batch | None
 ) -> tuple[StorageEvent, ...]:
     """A step as it is once the optimizer has its states, then one evaluation batch.
 
     Works on fake and on real tensors alike.
     """
-    optimizer = _stepped_optimizer(model, shape)
-    recorder = StorageRecorder(shape.device_type)
-    _record_residents(recorder, model, optimizer, (train_batch, eval_batch))
+    method = METHODS[kind.method]
+    optimizer = _stepped_optimizer(model, kind)
+    recorder = StorageRecorder(kind.device_type)
+    _record_residents(recorder, model, kind, optimizer, (train_batch, eval_batch or {}))
     parameters = list(trainable_parameters(model).values())
     with recorder:
         model.train()
-        _forward_backward(recorder, model, train_batch)
+        _forward_backward(recorder, model, kind, train_batch)
         recorder.phase = "optimizer"
         _, norm = gradient_norms(parameters)
-        if shape.clip:
+        if kind.clip:
             clip_gradients(parameters, norm, max_norm=1.0)
         optimizer.step()
+        if method.after_step is not None:
+            method.after_step(model)
         optimizer.zero_grad()
         recorder.phase = "evaluation"
         model.eval()
-        _evaluate(recorder, model, eval_batch)
+        if eval_batch:
+            _evaluate(recorder, model, kind, eval_batch)
         return recorder.finish()
 
 
-def _stepped_optimizer(model: PeftModel, shape: StepShape) -> Optimizer:
+def _stepped_optimizer(model: PeftModel, kind: StepKind) -> Optimizer:
     """An optimizer whose states exist, and the gradients that are alive when a forward starts.
 
-    One micro-batch with gradients already there stands for all of an accumulating step: the first
-    needs less, the others the same. Weight decay is on because it costs plain SGD a temporary and
-    the other optimizers nothing.
+    One micro-batch with gradients already there stands for all of an accumulating step but the
+    first. Weight decay is on because it costs plain SGD a temporary and the others nothing.
     """
-    optimizer = build_optimizer(model, name=shape.optimizer, learning_rate=1e-4, weight_decay=0.01)
-    if shape.optimizer == "sgd" and shape.device_type == "cuda":
-        for group in optimizer.param_groups:
-            group["foreach"] = True  # torch's default on CUDA, not on the stand-in CPU
+    optimizer = planned_optimizer(model, kind.optimizer, kind.device_type)
     for parameter in trainable_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    if not shape.accumulate:
+    after_step = METHODS[kind.method].after_step
+    if after_step is not None:
+        after_step(model)
+    if not kind.accumulate:
         optimizer.zero_grad()
     return optimizer
 
@@ -180,6 +218,7 @@ def _stepped_optimizer(model: PeftModel, shape: StepShape) -> Optimizer:
 def _record_residents(
     recorder: StorageRecorder,
     model: PeftModel,
+    kind: StepKind,
     optimizer: Optimizer,
     batches: tuple[Batch, ...],
 ) -> None:
@@ -189,16 +228,23 @@ def _record_residents(
     recorder.assign("weights", (p for p in model.parameters() if not p.requires_grad))
     recorder.assign("weights", model.buffers())
     recorder.assign("optimizer", (v for v in states if isinstance(v, Tensor)))
+    recorder.assign("optimizer", METHODS[kind.method].kept(model))
     recorder.assign("gradients", (p.grad for p in trainable if p.grad is not None))
     for batch in batches:
         recorder.assign("activations", batch.values())
 
 
-def _forward_backward(recorder: StorageRecorder, model: PeftModel, batch: Batch) -> None:
+def _forward_backward(
+    recorder: StorageRecorder, model: PeftModel, kind: StepKind, batch: Batch
+) -> None:
     """One micro-batch. Nothing but the graph may hold the logits while backward runs."""
     recorder.phase = "forward"
     recorder.expect_logits(_num_logits(model, batch))
-    loss = token_mean(summed_cross_entropy(_logits(model, batch), batch["labels"]), 1)
+    with _mixed_precision(kind):
+        if METHODS[kind.method].loss_in_model:
+            loss = model(**batch).loss
+        else:
+            loss = token_mean(summed_cross_entropy(_logits(model, batch), batch["labels"]), 1)
     recorder.phase = "backward"
     loss.backward()
     gradients = (p.grad for p in trainable_parameters(model).values())
@@ -206,11 +252,19 @@ def _forward_backward(recorder: StorageRecorder, model: PeftModel, batch: Batch)
 
 
 @torch.no_grad()
-def _evaluate(recorder: StorageRecorder, model: PeftModel, batch: Batch) -> None:
+def _evaluate(recorder: StorageRecorder, model: PeftModel, kind: StepKind, batch: Batch) -> None:
     recorder.expect_logits(_num_logits(model, batch))
-    logits = _logits(model, batch)
-    summed_cross_entropy(logits, batch["labels"])
-    hits_of(logits, batch["labels"])
+    with _mixed_precision(kind):
+        logits = _logits(model, batch)
+        summed_cross_entropy(logits, batch["labels"])
+        hits_of(logits, batch["labels"])
+
+
+def _mixed_precision(kind: StepKind) -> Any:
+    """CUDA's autocast is off where there is no CUDA; the CPU's stands in for it."""
+    if kind.autocast is None:
+        return nullcontext()
+    return torch.autocast("cpu", dtype=getattr(torch, kind.autocast))
 
 
 def _logits(model: PeftModel, batch: Batch) -> Tensor:
@@ -227,11 +281,13 @@ def _num_logits(model: PeftModel, batch: Batch) -> int:
     return batch["labels"].numel() * head.get_parameter("weight").shape[0]
 
 
-def _blank_batch(shape: StepShape, length: int) -> Batch:
-    size = shape.micro_batch_size
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if shape.has_token_types else [])]
-    batch = {name: torch.zeros(size, length, dtype=torch.long) for name in names}
-    labels = (size,) if shape.task == "SEQ_CLS" else (size, length)
+def _blank_batch(kind: StepKind, num_sequences: int, length: int) -> Batch:
+    """Empty where the length is zero."""
+    if length == 0:
+        return {}
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if kind.has_token_types else [])]
+    batch = {name: torch.zeros(num_sequences, length, dtype=torch.long) for name in names}
+    labels = (num_sequences,) if kind.task == "SEQ_CLS" else (num_sequences, length)
     return {**batch, "labels": torch.zeros(labels, dtype=torch.long)}
 
 

@@ -28,7 +28,9 @@ from rsauto.search.agenda import (
     reference_trial,
     seed_trials,
 )
+from rsauto.search.allowance import Allowance, allowance_after
 from rsauto.search.events import (
+    AllowanceRaised,
     Event,
     Planned,
     Searching,
@@ -44,7 +46,7 @@ from rsauto.search.ledger import Ledger, drop_stale_lock, open_storage
 from rsauto.search.objective import Objective, constraints
 from rsauto.search.publish import publish
 from rsauto.search.sampler import Attempt, propose
-from rsauto.search.setup import Objects, Setup, probes, set_up
+from rsauto.search.setup import Objects, Setup, probes, set_up, with_allowance
 from rsauto.search.write_up import infeasible_record, trial_card, trial_record
 from rsauto.stop import StopFlag
 from rsauto.training.evaluate import Evaluation
@@ -107,6 +109,7 @@ class StudyRun:
         self.begin = begin
         self.environment = folder.read_environment()
         self.num_failures = 0
+        self.allowance = Allowance()
         if storage is None:
             drop_stale_lock(folder.journal_file)
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
@@ -125,6 +128,7 @@ class StudyRun:
         yield Stage("loading the model")
         self._stop_if_asked()
         bench = self._describe(self._bench())
+        yield from self._raise_allowance()
         self._record_ranks_that_do_not_fit()
         yield Searching(num_settled(self.ledger.settled()), self.num_orphans)
         # What is alive now stays alive: collections after each trial then look at little else.
@@ -154,12 +158,27 @@ class StudyRun:
             limit = self.config.search.max_seconds
             if limit is not None and time.monotonic() - self.begin > limit:
                 return f"the time limit of {limit:g} seconds was reached"
+            if not self.setup.space.ranks:
+                return "no rank fits the memory budget any more"
             begun = self.ledger.begin(self._next_spec)
             if begun is None:
                 return "every point of the search space has been tried"
             record = yield from self._run_trial(bench, *begun)
             self.num_failures = self.num_failures + 1 if record.outcome == "failed" else 0
             yield TrialSettled(record, num_settled(self.ledger.settled()))
+            yield from self._raise_allowance()
+
+    def _raise_allowance(self) -> Iterator[Event]:
+        """Learns from trials that needed more memory than predicted, those of earlier runs too."""
+        found = allowance_after(
+            (record for _, record in self.ledger.settled()),
+            self.setup.memory_budget_bytes,
+            self.setup.planner.outside_bytes,
+        )
+        if found.share > self.allowance.share:
+            self.allowance = found
+            self.setup = with_allowance(self.setup, found.share)
+            yield AllowanceRaised(found, self.setup.space.ranks)
 
     def _next_spec(self) -> TrialSpec | None:
         """The next new trial, see `agenda`."""
@@ -329,7 +348,7 @@ class StudyRun:
 
     def _record_ranks_that_do_not_fit(self) -> None:
         """One record for every rank of the space that the budget rules out, with what it needs."""
-        known = {r.rank for _, r in self.ledger.settled() if r.outcome == "infeasible"}
+        known = {record.rank for _, record in self.ledger.settled()}
         for rank in self.config.search.ranks:
             if rank in self.setup.space.ranks or rank in known:
                 continue

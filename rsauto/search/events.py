@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsauto.memory.plan import Prediction
+from rsauto.memory.kinds import Prediction
 from rsauto.records import StepPoint, TrialRecord, TrialSpec
+from rsauto.search.allowance import Allowance
 from rsauto.search.setup import Setup
 
 
@@ -57,6 +58,15 @@ class TrialSettled:
 
 
 @dataclass(frozen=True)
+class AllowanceRaised:
+    """More is added to every prediction from now on, and ranks may no longer fit."""
+
+    allowance: Allowance
+    ranks: tuple[int, ...]
+    """Those that still fit."""
+
+
+@dataclass(frozen=True)
 class StudyEnded:
     """The folder is complete: records, report and adapters are written."""
 
@@ -66,4 +76,13 @@ class StudyEnded:
     """Why it ended: every trial done, the space exhausted, a time limit."""
 
 
-Event = Stage | Planned | Searching | TrialStarted | TrialStep | TrialSettled | StudyEnded
+Event = (
+    Stage
+    | Planned
+    | Searching
+    | TrialStarted
+    | TrialStep
+    | TrialSettled
+    | AllowanceRaised
+    | StudyEnded
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -36,7 +36,10 @@ from rsauto.data import (
     without_token_types,
 )
 from rsauto.errors import BudgetError, InputError
-from rsauto.memory.plan import MemoryPlanner, Prediction
+from rsauto.memory.devices import Device, context_bytes, workspace_bytes
+from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
+from rsauto.memory.planner import MemoryPlanner
+from rsauto.memory.profiles import Profiles
 from rsauto.quantisation import saved_bits
 from rsauto.records import TrialSpec
 from rsauto.report.units import bytes_text
@@ -116,19 +119,6 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
     if data.label_names is not None:
         source = _with_labels(source, objects, data)
     quant_bits = saved_bits(source.config) or config.model.quant_bits
-    planner = MemoryPlanner(
-        model_config=source.config,
-        dtype=source.dtype,
-        attn_implementation=source.attn_implementation,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        train_length=data.train_length,
-        eval_length=max(data.validation_length, *(len(e.input_ids) for e in data.general), 1),
-        device_type=device.type,
-        task=source.task,
-        has_token_types=data.train[0].token_type_ids is not None,
-        quant_bits=quant_bits,
-        adapter_dtype=config.model.adapter_dtype,
-    )
     setup = Setup(
         config=config,
         device=device,
@@ -136,13 +126,60 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
         objects=objects,
         data=data,
         preflight=checks,
-        planner=planner,
+        planner=_planner(config, source, data, device),
         memory_budget_bytes=memory_budget_bytes(config, device),
         space=Space(
             config, config.search.ranks, _steps(config, data), config.data.max_length, quant_bits
         ),
     )
     return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
+
+
+def _planner(
+    config: StudyConfig, source: BaseSource, data: TokenisedData, device: torch.device
+) -> MemoryPlanner:
+    """Plans for the longest batches that the data can give."""
+    kind = StepKind(
+        model_config=source.config.to_json_string(use_diff=False),
+        task=source.task,
+        dtype=cast(DtypeName, str(source.dtype).removeprefix("torch.")),
+        adapter_dtype=config.model.adapter_dtype,
+        quant_bits=saved_bits(source.config) or config.model.quant_bits,
+        attn_implementation=cast(Attention, source.attn_implementation),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        has_token_types=data.train[0].token_type_ids is not None,
+        device_type="cuda" if device.type == "cuda" else "cpu",
+    )
+    return MemoryPlanner(
+        kind,
+        train_lengths=_lengths_of_a_batch(data, config.training.batch_size),
+        eval_length=max(data.validation_length, *(len(e.input_ids) for e in data.general), 1),
+        profiles=Profiles.on_disk(),
+        outside_bytes=_outside_bytes(device),
+    )
+
+
+def _lengths_of_a_batch(data: TokenisedData, batch_size: int) -> list[int]:
+    """Tokens of the sequences of the longest batch there can be, longest first.
+
+    Where an epoch does not fill its last batch, the next one does, and may bring a row again. Of
+    fewer rows than a batch has, some come several times: only the longest is then certain.
+    """
+    lengths = sorted((len(example.input_ids) for example in data.train), reverse=True)
+    if len(lengths) < batch_size:
+        return lengths[:1]
+    if len(lengths) % batch_size:
+        lengths = [length for length in lengths for _ in range(2)]
+    return lengths[:batch_size]
+
+
+def _outside_bytes(device: torch.device) -> int:
+    """What CUDA keeps outside of PyTorch's allocator on this very card."""
+    if device.type != "cuda":
+        return 0
+    found = torch.cuda.get_device_properties(device)
+    card = Device(found.name, found.total_memory, (found.major, found.minor), "this machine")
+    return context_bytes(card) + workspace_bytes(card)
 
 
 def memory_budget_bytes(config: StudyConfig, device: torch.device) -> int:
@@ -175,6 +212,17 @@ def feasible_ranks(setup: Setup) -> tuple[int, ...]:
             "model.quant_bits: 4."
         )
     return fitting
+
+
+def with_allowance(setup: Setup, share: float) -> Setup:
+    """The setup with another share added to every prediction; its space may have no rank left."""
+    changed = replace(setup, planner=setup.planner.with_allowance(share))
+    unrestricted = replace(changed, space=replace(setup.space, ranks=setup.config.search.ranks))
+    try:
+        ranks = feasible_ranks(unrestricted)
+    except BudgetError:
+        ranks = ()
+    return replace(changed, space=replace(setup.space, ranks=ranks))
 
 
 def probes(setup: Setup, rank: int) -> list[TrialSpec]:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rsauto.config import StudyConfig
 from rsauto.data import TokenisedData
-from rsauto.memory.plan import Prediction
+from rsauto.memory.kinds import Prediction
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.scaling import gamma_r
 from rsauto.training.trial import Trial

@@ -1,15 +1,16 @@
-"""What PyTorch's CUDA caching allocator reserves for a stream of allocations and frees.
+"""What PyTorch's CUDA caching allocator needs for a stream of allocations and frees.
 
-A replay with default settings, one stream and no memory pressure (c10/cuda/CUDACachingAllocator):
-requests up to 1 MiB come from 2 MiB segments; requests below 10 MiB from 20 MiB segments; larger
-ones get a segment of their own size, rounded up to 2 MiB. A free block is reused best fit first,
-split where the rest is worth keeping, and merged with free neighbours when freed.
+A replay with default settings and one stream (c10/cuda/CUDACachingAllocator): requests up to 1 MiB
+come from 2 MiB segments; requests below 10 MiB from 20 MiB segments; larger ones get a segment of
+their own size, rounded up to 2 MiB. A free block is reused best fit first, split where the rest is
+worth keeping, and merged with free neighbours when freed. Where the device has no room for a
+segment, all segments without a block in use are given back first.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -31,9 +32,19 @@ class _Block:
     after: _Block | None = None
 
 
+Changes = Sequence[tuple[int, int]]
+"""(storage number, bytes), in the order of time; negative when freed."""
+
+
+class NoRoomError(MemoryError):
+    """The stream does not fit below the limit."""
+
+
 class _CachingAllocator:
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int | None) -> None:
         self.reserved = 0
+        self.highest = 0
+        self._limit_bytes = limit_bytes
         self._num_blocks = 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
 
@@ -63,8 +74,19 @@ class _CachingAllocator:
             segment = MEDIUM_SEGMENT
         else:
             segment = -(-size // LARGE_GRANULE) * LARGE_GRANULE
+        if self._limit_bytes is not None and self.reserved + segment > self._limit_bytes:
+            self._give_back_unused()
+            if self.reserved + segment > self._limit_bytes:
+                raise NoRoomError
         self.reserved += segment
+        self.highest = max(self.highest, self.reserved)
         return self._block(segment, small)
+
+    def _give_back_unused(self) -> None:
+        for small, pool in self._free.items():
+            split = [entry for entry in pool if entry[2].before or entry[2].after]
+            self.reserved -= sum(size for size, *_ in pool) - sum(size for size, *_ in split)
+            self._free[small] = split
 
     def _block(self, size: int, small: bool) -> _Block:
         self._num_blocks += 1
@@ -97,16 +119,28 @@ class _CachingAllocator:
         del pool[bisect.bisect_left(pool, (block.size, block.number))]
 
 
-def reserved_bytes(changes: Iterable[tuple[int, int]]) -> int:
-    """Bytes reserved at the end of a stream of (storage number, bytes; negative when freed).
-
-    Nothing is given back without memory pressure, so the end is also the highest point.
-    """
-    allocator = _CachingAllocator()
+def reserved_bytes(changes: Changes, limit_bytes: int | None = None) -> int:
+    """The most that is reserved at a time. Raises NoRoomError where that exceeds the limit."""
+    allocator = _CachingAllocator(limit_bytes)
     blocks: dict[int, _Block] = {}
     for storage, num_bytes in changes:
         if num_bytes > 0:
             blocks[storage] = allocator.allocate(num_bytes)
         elif num_bytes < 0:
             allocator.release(blocks.pop(storage))
-    return allocator.reserved
+    return allocator.highest
+
+
+def smallest_limit_bytes(changes: Changes, peak_bytes: int) -> int:
+    """The least that the allocator may reserve without running out of memory, to 0.2 %.
+
+    `peak_bytes` is the most in use at a time, below which there is no need to look.
+    """
+    works, fails = reserved_bytes(changes), peak_bytes - 1
+    while works - fails > max(LARGE_GRANULE, works // 512):
+        middle = (works + fails) // 2
+        try:
+            works = min(middle, reserved_bytes(changes, middle))
+        except NoRoomError:
+            fails = middle
+    return works

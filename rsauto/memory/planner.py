@@ -1,0 +1,225 @@
+"""What fits a memory budget: the largest micro-batch at a rank, and the largest rank.
+
+Torch is not needed for what was traced before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from rsauto.memory.devices import context_bytes, workspace_bytes
+from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
+from rsauto.memory.profiles import Profiles
+
+MicroBatch = int | Literal["auto"]
+
+ALLOWANCE = 0.02
+"""Share added before a prediction is compared to the budget: kernels' own scratch is not seen."""
+
+
+class MemoryPlanner:
+    """Predicts the memory of trials on one model and dataset."""
+
+    def __init__(
+        self,
+        kind: StepKind,
+        *,
+        train_lengths: Sequence[int],
+        eval_length: int,
+        profiles: Profiles | None = None,
+        allowance: float = ALLOWANCE,
+        outside_bytes: int | None = None,
+    ) -> None:
+        """`kind` says what is trained; its optimizer, layers and accumulation are replaced by what
+        is asked for. `train_lengths` are the tokens of the training sequences, or of the longest
+        ones; evaluation runs in batches of micro_batch_size sequences.
+
+        `outside_bytes` is what CUDA keeps outside of the allocator; None takes it for an unknown
+        card, and nothing on a CPU, where only tensors count.
+        """
+        if kind.device_type not in ("cpu", "cuda"):
+            raise ValueError(f"device_type must be 'cpu' or 'cuda', but got {kind.device_type!r}.")
+        self.kind = kind
+        self.allowance = allowance
+        self._lengths = sorted(train_lengths, reverse=True)
+        self._eval_length = eval_length
+        self._profiles = profiles or Profiles()
+        if outside_bytes is None:
+            on_cuda = kind.device_type == "cuda"
+            outside_bytes = context_bytes(None) + workspace_bytes(None) if on_cuda else 0
+        self.outside_bytes = outside_bytes
+
+    def changed(self, kind: StepKind, length: int | None = None) -> MemoryPlanner:
+        """A planner of another kind of step, with sequences of at most `length` tokens."""
+        limit = self._lengths[0] if length is None else length
+        return MemoryPlanner(
+            kind,
+            train_lengths=[min(n, limit) for n in self._lengths],
+            eval_length=min(self._eval_length, limit),
+            profiles=self._profiles,
+            allowance=self.allowance,
+            outside_bytes=self.outside_bytes,
+        )
+
+    def with_allowance(self, allowance: float) -> MemoryPlanner:
+        """The same planner, with another share added to what it predicts."""
+        changed = copy.copy(self)
+        changed.allowance = allowance
+        return changed
+
+    def predict(
+        self,
+        rank: int,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        target_modules: Targets | None = None,
+        optimizer: PlannedOptimizer | None = None,
+        clip: bool = True,
+        at_least: bool = False,
+    ) -> Prediction:
+        """Memory at `rank` with `batch_size` sequences a step, `micro_batch_size` at a time.
+
+        A batch in parts is cut longest first, so only the first part, before which there are no
+        gradients, can have the longest sequence. With `at_least` only what is in use counts as
+        reserved, which is found much faster.
+        """
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, but got {rank=}.")
+        if micro_batch_size < 1 or batch_size % micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size must divide batch_size, but got {micro_batch_size=} and "
+                f"{batch_size=}. Use one of {divisors(batch_size)}."
+            )
+        predict = self._profiles.predict_at_least if at_least else self._profiles.predict
+        kind = replace(
+            self.kind,
+            target_modules=self.kind.target_modules if target_modules is None else target_modules,
+            optimizer=optimizer or self.kind.optimizer,
+            clip=clip,
+            accumulate=False,
+            padded=self.kind.padded and micro_batch_size > 1,
+        )
+        size = StepSize(rank, micro_batch_size, self._lengths[0], self._eval_length)
+        if micro_batch_size == batch_size:
+            return predict(kind, size)
+        second = size._replace(train_length=self._second_length(batch_size, micro_batch_size))
+        later = predict(replace(kind, accumulate=True), second)
+        if second == size:
+            return later  # as long, and with gradients from the start
+        first = predict(kind, size)
+        higher = max(first, later, key=lambda prediction: prediction.peak_bytes)
+        return replace(higher, reserved_bytes=max(first.reserved_bytes, later.reserved_bytes))
+
+    def _second_length(self, batch_size: int, micro_batch_size: int) -> int:
+        """The longest sequence that a second micro-batch can have."""
+        if len(self._lengths) < batch_size:
+            return self._lengths[0]  # rows come more than once, or only the longest is known
+        return self._lengths[micro_batch_size]
+
+    def needed_bytes(self, prediction: Prediction) -> int:
+        """What a budget must hold: reserved memory, an allowance, and CUDA's own on CUDA.
+
+        On a CPU only tensors count, not the interpreter and its libraries.
+        """
+        return self.outside_bytes + int(prediction.reserved_bytes * (1 + self.allowance))
+
+    def largest_micro_batch(
+        self,
+        rank: int,
+        *,
+        memory_budget_bytes: int,
+        batch_size: int,
+        micro_batch_size: MicroBatch = "auto",
+        target_modules: Targets | None = None,
+        optimizer: PlannedOptimizer | None = None,
+        clip: bool = True,
+        at_least: bool = False,
+    ) -> Prediction | None:
+        """The prediction for the largest micro-batch that fits the budget, None if none does.
+
+        "auto" chooses among the divisors of `batch_size`, so that gradient accumulation holds the
+        global batch; a number allows only itself.
+        """
+
+        def fitting(size: int) -> Prediction | None:
+            prediction = self.predict(
+                rank,
+                batch_size=batch_size,
+                micro_batch_size=size,
+                target_modules=target_modules,
+                optimizer=optimizer,
+                clip=clip,
+                at_least=at_least,
+            )
+            return prediction if self.needed_bytes(prediction) <= memory_budget_bytes else None
+
+        if micro_batch_size != "auto":
+            return fitting(micro_batch_size)
+        *smaller, whole = divisors(batch_size)
+        # The whole batch stands apart: without accumulation it may need less than a part of it.
+        return fitting(whole) or _last_that_fits(smaller, fitting)
+
+    def largest_rank(
+        self,
+        *,
+        memory_budget_bytes: int,
+        batch_size: int,
+        micro_batch_size: MicroBatch = "auto",
+        target_modules: Targets | None = None,
+        optimizer: PlannedOptimizer | None = None,
+        clip: bool = True,
+    ) -> int:
+        """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does."""
+
+        def fits(rank: int, at_least: bool = False) -> bool:
+            prediction = self.largest_micro_batch(
+                rank,
+                memory_budget_bytes=memory_budget_bytes,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                target_modules=target_modules,
+                optimizer=optimizer,
+                clip=clip,
+                at_least=at_least,
+            )
+            return prediction is not None
+
+        too_large = 1
+        while fits(too_large, at_least=True):  # ends: memory grows with the rank without bound
+            too_large *= 2
+        highest = _largest_true(lambda rank: fits(rank, at_least=True), too_large // 2, too_large)
+        # What is reserved is a few per cent more than what is in use, so the answer is near.
+        fitting, step = highest, 1
+        while fitting > 0 and not fits(fitting):
+            highest, fitting, step = fitting, max(0, fitting - step), 2 * step
+        return _largest_true(fits, fitting, highest + 1 if fitting == highest else highest)
+
+
+def _largest_true(condition: Callable[[int], bool], true: int, false: int) -> int:
+    """The largest number for which a condition holds that holds at `true` and not at `false`."""
+    while false - true > 1:
+        middle = (true + false) // 2
+        true, false = (middle, false) if condition(middle) else (true, middle)
+    return true
+
+
+def _last_that_fits(
+    sizes: list[int], fitting: Callable[[int], Prediction | None]
+) -> Prediction | None:
+    """The prediction of the largest of ascending `sizes` that fits; by halves."""
+    best: Prediction | None = None
+    while sizes:
+        middle = len(sizes) // 2
+        prediction = fitting(sizes[middle])
+        best = prediction or best
+        sizes = sizes[middle + 1 :] if prediction else sizes[:middle]
+    return best
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
