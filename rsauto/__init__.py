@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
+    from rsauto.memory.plan import Plan, plan
     from rsauto.report.pareto import pareto, select_rank
     from rsauto.report.table import Study, load_study
 
@@ -24,6 +25,8 @@ _HOMES = {
     "run_study": "rsauto.api",
     "StudyConfig": "rsauto.config",
     "RsautoError": "rsauto.errors",
+    "Plan": "rsauto.memory.plan",
+    "plan": "rsauto.memory.plan",
     "pareto": "rsauto.report.pareto",
     "select_rank": "rsauto.report.pareto",
     "Study": "rsauto.report.table",
@@ -32,11 +35,13 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Plan",
     "RsautoError",
     "Study",
     "StudyConfig",
     "load_study",
     "pareto",
+    "plan",
     "run_study",
     "select_rank",
 ]

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsauto.errors import InputError, RsautoError
+from rsauto.errors import BudgetError, InputError, RsautoError
 from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
     from rsauto.config import StudyConfig
+    from rsauto.memory.kinds import StepKind, StepSize
+    from rsauto.plan_command import Request as PlanRequest
     from rsauto.report.table import Study
     from rsauto.report.verdict import Verdict
 
@@ -78,6 +80,103 @@ def study(
         sets = [f"{key}={value}" for key, value in options.items() if value is not None]
         loaded = study_file.load(config, preset=preset, sets=[*(set_ or ()), *sets])
         _run(loaded, out or Path("runs") / loaded.name, storage, as_json)
+
+
+@app.command()
+def plan(
+    config: Config = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Such as llama-2-7b; a config.json, folder, hub id, or embedded."),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Such as 24GiB, rtx4090, a100-80, or auto.")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="Such as 8,64,256 or 4..256.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step [1].")] = None,
+    micro_batch_size: Annotated[
+        str | None, typer.Option(help="Sequences at a time, or auto [the batch size].")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest row [512].")] = None,
+    quant_bits: Annotated[int | None, typer.Option(help="8 or 4, of the base.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations in backward.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="rslora, lora, dora or peft_adalora [rslora].")
+    ] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="all-linear, attention, or names [all-linear].")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw_8bit, adafactor, sgd and others [adamw].")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base: bfloat16, float16, float32 [as saved].")
+    ] = None,
+    adapter_dtype: Annotated[str | None, typer.Option(help="Of the adapter [float32].")] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="Mixed precision, bfloat16 or float16 [none].")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2 or auto [auto].")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="CAUSAL_LM or SEQ_CLS [CAUSAL_LM].")] = None,
+    num_labels: Annotated[int | None, typer.Option(help="Classes, with SEQ_CLS [2].")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu [cuda; cpu for the embedded study].")
+    ] = None,
+    fit: Annotated[
+        int | None, typer.Option(help="A rank: what is the cheapest change that makes it fit?")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Of a study, for its cost.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each trial, for the cost.")] = None,
+    flops_per_second: Annotated[
+        str | None, typer.Option(help="Such as 150T: how long a study takes.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Such as 2.5: what a study costs.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset of the study file.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what every rank needs before anything is loaded. Options override the study file."""
+    with _errors_shown():
+        from rsauto.plan_command import Request
+
+        options = {
+            "model": model,
+            "memory_budget": memory_budget,
+            "ranks": ranks,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "max_length": max_length,
+            "quant_bits": quant_bits,
+            "gradient_checkpointing": gradient_checkpointing,
+            "method": method,
+            "target_modules": target_modules,
+            "optimizer": optimizer,
+            "dtype": dtype,
+            "adapter_dtype": adapter_dtype,
+            "autocast": autocast,
+            "attn_implementation": attn_implementation,
+            "task": task,
+            "num_labels": num_labels,
+            "device": device,
+        }
+        request = Request.of_options(
+            options,
+            _study_to_plan(config, model, preset, set_ or ()),
+            fit=fit,
+            trials=trials,
+            steps=steps,
+            flops_per_second=flops_per_second,
+            price_per_hour=price_per_hour,
+        )
+        _plan(request, as_json)
 
 
 @app.command()
@@ -167,6 +266,43 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
     console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")
     if as_json:
         typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))
+
+
+def _study_to_plan(
+    path: Path | None, model: str | None, preset: str | None, sets: Sequence[str]
+) -> StudyConfig | None:
+    """The study whose ranks are planned; None for a model without one."""
+    if path is not None or model is None:
+        from rsauto import study_file
+
+        return study_file.load(path, preset=preset, sets=sets)
+    if preset is not None or sets:
+        raise InputError(
+            "--preset and --set change a study file, and with --model alone there is none. Name "
+            "the study file first, or give options instead."
+        )
+    return None
+
+
+def _plan(request: PlanRequest, as_json: bool) -> None:
+    from rich.console import Console
+
+    from rsauto.plan_command import answers, any_fits
+    from rsauto.plan_view import print_plan, print_sentences, tracing_line
+
+    def announce(kind: StepKind, size: StepSize) -> None:
+        typer.echo(tracing_line(str(request.settings["model"]), kind, size), err=True)
+        _quieten_libraries()
+
+    found = request.plan(announce)
+    console = Console(stderr=as_json, soft_wrap=False)
+    print_plan(found, console, request.notes)
+    answered = answers(found, request.questions)
+    print_sentences(["", *answered.sentences] if answered.sentences else [], console)
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(), **answered.result}, allow_nan=False))
+    if not any_fits(found):
+        raise BudgetError("memory_budget: none of the ranks of the table fits.")
 
 
 def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def parse_bytes(value: Any) -> Any:
 
 def _budget_bytes(value: Any) -> Any:
     """Bytes from a size or the name of a GPU; 'auto' passes through. Else raises ValueError."""
-    from rsauto.memory.devices import read_budget  # which itself reads sizes with `parse_bytes`
+    from rsauto.devices import read_budget  # which itself reads sizes with `parse_bytes`
 
     return value if value == "auto" else read_budget(value).total_bytes
 

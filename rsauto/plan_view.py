@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rsauto.devices import DEVICES
 from rsauto.memory.changes import SHORTEST, Change
 from rsauto.memory.cost import StudyCost
-from rsauto.memory.devices import DEVICES
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.plan import Plan, PlannedRank
 from rsauto.memory.plan_study import targets_text
@@ -27,7 +27,7 @@ PARTS = {
 }
 """How each part of the peak is drawn, and called."""
 
-BAR_CELLS = 20
+BAR_CELLS = 16
 WIDE = 140
 """Columns of a terminal that shows every column of the table."""
 
@@ -58,10 +58,14 @@ class PlanColumn(NamedTuple):
     justify: Literal["left", "right"] = "right"
 
 
-def print_plan(plan: Plan, console: Console, *, notes: list[str], answers: list[str]) -> None:
-    """The table, its legend, what was assumed, and the answers."""
+def print_plan(plan: Plan, console: Console, notes: Iterable[str] = ()) -> None:
+    """The table, its legend, and what was assumed."""
     console.print(ranks_as_table(plan, console.width))
-    sentences = [legend(), *assumptions(plan), *notes, "", *answers]
+    print_sentences([legend(), *assumptions(plan), *notes], console)
+
+
+def print_sentences(sentences: Iterable[str], console: Console) -> None:
+    """Each on lines of its own."""
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
 
@@ -72,6 +76,7 @@ def ranks_as_table(plan: Plan, width: int) -> Table:
         title=_title(plan),
         title_justify="left",
         box=SIMPLE_HEAD,
+        show_edge=False,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
@@ -101,7 +106,7 @@ def breakdown_bar(breakdown: Mapping[str, int], cells: int = BAR_CELLS) -> str:
 
 
 def smallest_card(plan: Plan, row: PlannedRank) -> str:
-    """The known card with the least memory that holds a rank; 16-bit brains need a recent one."""
+    """The known card with the least memory that holds a rank; bfloat16 needs one since Ampere."""
     kind = plan.planner.kind
     oldest = (8, 0) if "bfloat16" in (kind.dtype, kind.autocast) else (0, 0)
     holding = [
@@ -115,7 +120,7 @@ def smallest_card(plan: Plan, row: PlannedRank) -> str:
 def legend() -> str:
     """What the letters of the bars mean."""
     letters = ", ".join(f"{letter} {name}" for letter, name in PARTS.values())
-    return f"Parts of the peak: {letters}; a letter is {percent_text(1 / BAR_CELLS)}."
+    return f"Parts of the peak: {letters}; each letter is 1/{BAR_CELLS} of it."
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -140,17 +145,17 @@ def assumptions(plan: Plan) -> list[str]:
 
 def budget_answer(plan: Plan) -> str:
     """Which ranks fit, for a plan with a budget."""
-    budget, smallest = bytes_text(plan.memory_budget_bytes), plan.ranks[0]
+    budget = bytes_text(plan.memory_budget_bytes)
     if plan.largest_rank:
         return f"Rank {plan.largest_rank} is the largest that fits {budget}."
-    weight_bytes = smallest.prediction.breakdown.get("weights", 0)
+    weight_bytes = plan.ranks[0].prediction.breakdown.get("weights", 0)
     assert plan.memory_budget_bytes is not None
     if weight_bytes > plan.memory_budget_bytes:
         return (
             f"No rank fits: the weights alone need {bytes_text(weight_bytes)}, and the budget is "
             f"{budget}."
         )
-    return f"No rank fits {budget}: rank {smallest.rank} {_excess(plan, smallest)}."
+    return f"No rank fits {budget}."
 
 
 def fit_answer(plan: Plan, rank: int, change: Change | None) -> str:
@@ -205,12 +210,14 @@ def _training_sentence(kind: StepKind) -> str:
     task = "causal language model" if kind.task == "CAUSAL_LM" else "sequence classifier"
     base = f"base in {kind.quant_bits} bit" if kind.quant_bits else f"base in {kind.dtype}"
     mixed = f", autocast to {kind.autocast}" if kind.autocast else ""
+    attention = kind.attn_implementation
+    attention = "sdpa where the model has it" if attention == "auto" else attention
     checkpointing = "" if kind.gradient_checkpointing else "no "
     clip = "" if kind.clip else ", no clipping"
     return (
         f"Trained: {METHODS[kind.method]} on {targets_text(kind.target_modules)} of a {task}, "
         f"{base}, adapters in {kind.adapter_dtype}{mixed}; optimizer {kind.optimizer}{clip}; "
-        f"attention {kind.attn_implementation}; {checkpointing}gradient checkpointing; "
+        f"attention {attention}; {checkpointing}gradient checkpointing; "
         f"on {'a CPU' if kind.device_type == 'cpu' else 'CUDA'}."
     )
 
@@ -244,7 +251,7 @@ def _tried(kind: StepKind) -> list[str]:
     return [
         "micro-batches of 1",
         "gradient checkpointing",
-        *(f"a {bits}-bit base" for bits in bases),
+        *(f"{'an' if bits == 8 else 'a'} {bits}-bit base" for bits in bases),
     ]
 
 
@@ -282,6 +289,6 @@ COLUMNS = (
     PlanColumn(
         "FLOPs/token", lambda s: count_text(s.row.prediction.flops_per_token), always=False
     ),
-    PlanColumn("peak is", lambda s: breakdown_bar(s.row.prediction.breakdown), justify="left"),
+    PlanColumn("parts of the peak", lambda s: breakdown_bar(s.row.prediction.breakdown), justify="left"),
     PlanColumn("peak in", _place, always=False, justify="left"),
 )  # fmt: skip

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from rsauto.records import TrialRecord, TrialSpec
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _plans_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Plans are kept from test to test, but never read from an earlier run."""
+    os.environ["RSAUTO_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     """A random Llama of 2 blocks, 32 wide, 64 tokens, prepared as in a study."""

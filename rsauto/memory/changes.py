@@ -38,7 +38,7 @@ class Change:
 
     def __str__(self) -> str:
         words = " and ".join(_words(name, value) for name, value in self.settings.items())
-        frees = "frees" if len(self.settings) == 1 else "free"
+        frees = "frees" if set(self.settings) in _SINGULAR else "free"
         return f"{words} {frees} {bytes_text(self.freed_bytes)}; then rank {self.rank} fits"
 
 
@@ -97,11 +97,15 @@ def _variants(kind: StepKind, max_length: int) -> Iterator[tuple[StepKind, int]]
         length //= 2
 
 
+_SINGULAR = ({"gradient_checkpointing"}, {"quant_bits"})
+"""Changes that are one thing, in the grammar of their words."""
+
+
 def _words(setting: str, value: Any) -> str:
     if setting == "gradient_checkpointing":
         return "gradient checkpointing"
     if setting == "quant_bits":
-        return f"a {value}-bit base"
+        return f"{'an' if value == 8 else 'a'} {value}-bit base"
     if setting == "micro_batch_size":
         return f"micro-batches of {value}"
     return f"sequences of at most {value} tokens"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsauto.config import TaskType
+from rsauto.devices import Budget, Device, context_bytes, parse_budget, workspace_bytes
 from rsauto.errors import InputError
 from rsauto.memory.changes import Change, cheapest_change
-from rsauto.memory.devices import Budget, Device, context_bytes, parse_budget, workspace_bytes
 from rsauto.memory.kinds import (
     Attention,
     Bits,

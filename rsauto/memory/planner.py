@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from rsauto.memory.devices import context_bytes, workspace_bytes
+from rsauto.devices import context_bytes, workspace_bytes
 from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
 from rsauto.memory.profiles import Profiles
 

@@ -35,8 +35,8 @@ from rsauto.data import (
     tokenise,
     without_token_types,
 )
+from rsauto.devices import Device, context_bytes, workspace_bytes
 from rsauto.errors import BudgetError, InputError
-from rsauto.memory.devices import Device, context_bytes, workspace_bytes
 from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
 from rsauto.memory.planner import MemoryPlanner
 from rsauto.memory.profiles import Profiles

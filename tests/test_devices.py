@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsauto.config import StudyConfig
-from rsauto.errors import InputError
-from rsauto.memory.devices import (
+from rsauto.devices import (
     DEVICES,
     GIB,
     MIB,
@@ -22,6 +21,7 @@ from rsauto.memory.devices import (
     parse_budget,
     workspace_bytes,
 )
+from rsauto.errors import InputError
 
 BOXES = {
     "p100": 16, "v100-16": 16, "v100-32": 32, "t4": 16, "rtx2080ti": 11, "a30": 24, "a100-40": 40,
@@ -138,7 +138,7 @@ def test_an_unknown_device_is_planned_with_the_largest_workspace() -> None:
 
 def test_budgets_presets_and_estimates_are_read_without_torch() -> None:
     code = (
-        "import sys; import rsauto.memory.devices, rsauto.memory.presets, rsauto.memory.estimate; "
+        "import sys; import rsauto.devices, rsauto.memory.presets, rsauto.memory.estimate; "
         "print([m for m in ('torch', 'transformers', 'peft', 'pandas') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
