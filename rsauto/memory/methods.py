@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rsauto.adapters.head import head_module_names, hold_heads_in_float32, is_classifier
-from rsauto.adapters.lora import add_adapter, has_conv1d, target_module_names, wrap
+from rsauto.adapters.lora import add_adapter, has_conv1d, lora_layers, target_module_names, wrap
 from rsauto.memory.kinds import StepKind
 from rsauto.records import TrialSpec
 
@@ -35,8 +35,8 @@ class TracedMethod:
     """Runs after every optimizer step, such as the allocation of ranks."""
     kept: Callable[[nn.Module], Iterator[Tensor]] = _nothing
     """Tensors that `after_step` keeps from step to step; they count with the optimizer's states."""
-    loss_in_model: bool = False
-    """Whether the model computes the loss from the labels, adding a term of its own."""
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+    """The loss of a batch, where it is not the cross-entropy of `rsauto.training.loss`."""
 
 
 def _adapt_lora(model: PreTrainedModel, kind: StepKind, rank: int, **options: Any) -> PeftModel:
@@ -79,7 +79,25 @@ def _adapt_peft_adalora(model: PreTrainedModel, kind: StepKind, rank: int) -> Pe
         if ".ranknum." in name:
             # PEFT 0.21 makes this constant trainable on a base that is not float32.
             parameter.requires_grad_(False)
+    for layer in lora_layers(adapted):
+        layer.get_base_layer().register_forward_hook(_strided_view)
     return adapted
+
+
+def _strided_view(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+    """What AdaLoRA adds to in place, as autograd knows it afterwards when tensors are real.
+
+    For fake ones it repeats the view instead, whose gradient takes less memory.
+    """
+    if out._base is None:
+        return out
+    return out._base.as_strided(out.size(), out.stride(), out.storage_offset())
+
+
+def _loss_of_model(adapted: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """PEFT adds AdaLoRA's orthogonality to the loss that the model itself computes."""
+    loss: Tensor = adapted(**batch).loss
+    return loss
 
 
 def _update_importance(adapted: nn.Module) -> None:
@@ -103,7 +121,7 @@ METHODS: dict[str, TracedMethod] = {
         adapt=_adapt_peft_adalora,
         after_step=_update_importance,
         kept=_importance,
-        loss_in_model=True,
+        loss=_loss_of_model,
     ),
 }
 

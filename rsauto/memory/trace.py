@@ -67,8 +67,7 @@ def trace_step(kind: StepKind, size: StepSize) -> StepTrace:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if kind.device_type == "cuda":
             stack.enter_context(attention_of_cuda(kind.attn_implementation == "flash_attention_2"))
-        if not kind.padded:
-            stack.enter_context(_masks_are_read())
+        stack.enter_context(_masks_are_read())
         _replace_meta_tensors(model)
         events = record_step(
             model,
@@ -176,7 +175,7 @@ def record_step(
     """
     method = METHODS[kind.method]
     optimizer = _stepped_optimizer(model, kind)
-    recorder = StorageRecorder(kind.device_type)
+    recorder = StorageRecorder(kind.device_type, is_padded=kind.padded)
     _record_residents(recorder, model, kind, optimizer, (train_batch, eval_batch or {}))
     parameters = list(trainable_parameters(model).values())
     with recorder:
@@ -241,8 +240,9 @@ def _forward_backward(
     recorder.phase = "forward"
     recorder.expect_logits(_num_logits(model, batch))
     with _mixed_precision(kind):
-        if METHODS[kind.method].loss_in_model:
-            loss = model(**batch).loss
+        own_loss = METHODS[kind.method].loss
+        if own_loss is not None:
+            loss = own_loss(model, batch)
         else:
             loss = token_mean(summed_cross_entropy(_logits(model, batch), batch["labels"]), 1)
     recorder.phase = "backward"
@@ -330,9 +330,9 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def _masks_are_read() -> Iterator[None]:
-    """Lets transformers look into an attention mask and skip it, as it does for real tensors.
+    """Lets transformers look into fake attention masks, too: it skips those of nothing but ones.
 
-    It never does for fake ones, which is right for a padded batch only.
+    What it finds there is up to the recorder.
     """
     name = "transformers.masking_utils.is_tracing"
     with mock.patch(name, lambda *_args, **_kwargs: False):
