@@ -133,8 +133,8 @@ def build_model(kind: StepKind, rank: int) -> PeftModel:
 
     Raises InputError where transformers has no such model, or PEFT cannot adapt it.
     """
-    config, architecture = _architecture(kind)
-    attention = attention_of(architecture, kind.attn_implementation, needs_package=False)
+    config, model_class = architecture(kind)
+    attention = attention_of(model_class, kind.attn_implementation, needs_package=False)
     flash = attention == "flash_attention_2"
     model = auto_class(kind.task).from_config(
         config,
@@ -151,7 +151,8 @@ def build_model(kind: StepKind, rank: int) -> PeftModel:
     return adapted
 
 
-def _architecture(kind: StepKind) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+def architecture(kind: StepKind) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The configuration and class that transformers has for it. Raises InputError for none."""
     fields: dict[str, Any] = json.loads(kind.model_config)
     model_type = fields.pop("model_type", None)
     try:
