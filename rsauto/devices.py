@@ -142,6 +142,8 @@ def read_budget(value: object) -> Budget:
     if device is not None:
         words = f"{device.name} ({device.total_bytes / GIB:.2f} GiB)"
         return Budget(device.total_bytes, device, words)
+    if text == "auto":
+        raise ValueError("auto asks a device, and none is asked here: give a size such as 24GiB")
     try:
         return Budget(parse_bytes(value), None, text)
     except ValueError as error:
@@ -156,8 +158,6 @@ def parse_budget(text: str) -> Budget:
     Raises InputError naming memory_budget, also for 'auto', which only a device can resolve.
     """
     try:
-        if text.strip() == "auto":
-            raise ValueError("auto asks the device, and none is asked here: give a size or a GPU")
         return read_budget(text)
     except ValueError as error:
         raise InputError(f"memory_budget: {text!r}: {error}.".replace("?.", "?")) from None

@@ -92,7 +92,7 @@ def test_a_budget_says_what_it_is() -> None:
         ("3090ti", "or auto. Did you mean 'rtx3090'?"),
         ("a100", "memory_budget: 'a100': a100 comes in two sizes: give a100-40 or a100-80."),
         ("Tesla V100", "v100 comes in two sizes: give v100-16 or v100-32."),
-        ("auto", "memory_budget: 'auto': auto asks the device"),
+        ("auto", "memory_budget: 'auto': auto asks a device"),
         ("0GiB", "memory_budget: '0GiB': must be more than zero bytes."),
         ("9" * 400, "must be at most 2^60 bytes."),
         ("", "memory_budget: ''"),

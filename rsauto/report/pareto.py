@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rsauto.config import MINIMISED, parse_bytes
+from rsauto.config import MINIMISED
+from rsauto.devices import read_budget
 from rsauto.errors import InputError, nearest
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
@@ -166,9 +167,6 @@ def _budget(memory_budget: int | str | None) -> int | None:
     if memory_budget is None:
         return None
     try:
-        parsed = parse_bytes(memory_budget)
+        return read_budget(memory_budget).total_bytes
     except ValueError as error:
         raise InputError(f"memory_budget {memory_budget!r}: {error}") from None
-    if isinstance(parsed, bool) or not isinstance(parsed, int):
-        raise InputError(f"memory_budget {memory_budget!r}: give a size such as 24GiB")
-    return parsed

@@ -42,8 +42,9 @@ def _asked_by(record: TrialRecord, usable_bytes: int) -> Allowance | None:
         share = _rounded_up(usable_bytes / reserved - 1)
         return Allowance(share, f"trial {record.number} ran out of memory")
     if record.outcome != "infeasible" and measured and predicted and measured > predicted:
-        share = _rounded_up(measured / predicted - 1)
-        return Allowance(share, f"trial {record.number} needed {share:.1%} more than predicted")
+        excess = measured / predicted - 1
+        reason = f"trial {record.number} needed {excess:.1%} more than predicted"
+        return Allowance(_rounded_up(excess), reason)
     return None
 
 

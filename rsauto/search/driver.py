@@ -349,8 +349,9 @@ class StudyRun:
     def _record_ranks_that_do_not_fit(self) -> None:
         """One record for every rank of the space that the budget rules out, with what it needs."""
         known = {record.rank for _, record in self.ledger.settled()}
+        fitting = self.setup.space.ranks
         for rank in self.config.search.ranks:
-            if rank in self.setup.space.ranks or rank in known:
+            if not fitting or rank in fitting or rank in known:
                 continue
             spec = probes(self.setup, rank)[0]
             trial, spec = self.ledger.begin_new(spec)
