@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from rsauto.cli import app
 from rsauto.report.page import FIGURES, csv_bytes, write_report
+from rsauto.report.predictions import predictions_panel
 from rsauto.report.table import table
 from rsauto.report.units import (
     bytes_text,
@@ -112,7 +113,8 @@ def test_hostile_text_is_escaped_wherever_it_may_come_from(tmp_path: Path) -> No
     assert "alert(1)" in page, "the text is shown"
     assert "<script>alert" not in page and "<img" not in page.replace('"<img', "")
     figures = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
-    assert figures is not None and set(json.loads(figures[1])) == set(FIGURES)
+    # Nothing was measured in these records.
+    assert figures is not None and set(json.loads(figures[1])) == {*FIGURES} - {"predictions"}
     assert "<script>" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -199,3 +201,26 @@ def test_numbers_as_people_read_them() -> None:
     assert [count_text(x) for x in (9216, 36864, 1.18e6, 1.1e12)] == [
         "9216", "36.9 k", "1.18 M", "1.10e12"
     ]  # fmt: skip
+
+
+def test_measured_peaks_are_shown_beside_predicted_ones() -> None:
+    mib = 2**20
+    peaks = [(100, 97), (200, 204), (300, None)]
+    records = [
+        record(
+            number,
+            8,
+            1e-3,
+            predicted_peak_bytes=predicted * mib,
+            measured_peak_bytes=None if measured is None else measured * mib,
+        )
+        for number, (predicted, measured) in enumerate(peaks)
+    ]
+    panel = predictions_panel(table(records))
+    assert panel is not None
+    line, points = panel.layers
+    assert line.x == line.y == (100.0, 200.0)
+    assert (points.x, points.y) == ((100.0, 200.0), (97.0, 204.0))
+    assert panel.caption.startswith("2 trials: the measured peak is 97.0% to 102.0% of")
+    assert points.hover[1].endswith("measured 204.0 MiB (+2.0%)")
+    assert predictions_panel(table(records[2:])) is None

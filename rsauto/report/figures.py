@@ -25,6 +25,7 @@ from rsauto.report.panel import (
     Symbol,
 )
 from rsauto.report.pareto import pareto
+from rsauto.report.predictions import predictions_panel
 from rsauto.report.table import cost_bytes, table
 from rsauto.report.units import (
     byte_unit,
@@ -59,6 +60,7 @@ def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel, ...
         _by_rank(trials, verdict),
         _learning_rates(trials, verdict),
         _curves(records),
+        predictions_panel(trials),
     )
     return tuple(panel for panel in found if panel is not None)
 

@@ -26,7 +26,7 @@ from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, load_study
 from rsauto.report.verdict import Verdict, judge
 
-FIGURES = ("memory", "rank", "learning_rate", "curves")
+FIGURES = ("memory", "rank", "learning_rate", "curves", "predictions")
 """Keys of the panels, names of the files in figures/."""
 
 
