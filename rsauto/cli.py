@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsauto.errors import BudgetError, InputError, RsautoError
+from rsauto.errors import InputError, RsautoError
 from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def study(
 
 @app.command()
 def plan(
-    config: Config = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Study file (YAML). Without one and without --model: the embedded."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Such as llama-2-7b; a config.json, folder, hub id, or embedded."),
@@ -287,7 +290,7 @@ def _study_to_plan(
 def _plan(request: PlanRequest, as_json: bool) -> None:
     from rich.console import Console
 
-    from rsauto.plan_command import answers, any_fits
+    from rsauto.plan_command import answers, require_fit
     from rsauto.plan_view import print_plan, print_sentences, tracing_line
 
     def announce(kind: StepKind, size: StepSize) -> None:
@@ -301,8 +304,7 @@ def _plan(request: PlanRequest, as_json: bool) -> None:
     print_sentences(["", *answered.sentences] if answered.sentences else [], console)
     if as_json:
         typer.echo(json.dumps({**found.to_json(), **answered.result}, allow_nan=False))
-    if not any_fits(found):
-        raise BudgetError("memory_budget: none of the ranks of the table fits.")
+    require_fit(found)
 
 
 def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:

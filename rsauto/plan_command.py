@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rsauto.config import PowerRange, StudyConfig
-from rsauto.errors import InputError
+from rsauto.errors import BudgetError, InputError
 from rsauto.memory.changes import Change
-from rsauto.memory.cost import StudyCost, parse_rate, study_cost
+from rsauto.memory.cost import parse_rate, study_cost
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.plan import Plan, plan
 from rsauto.memory.plan_study import study_notes, study_settings
 from rsauto.memory.profiles import Profiles
 from rsauto.plan_view import budget_answer, cost_answer, fit_answer
+from rsauto.report.units import bytes_text
 
 LARGEST_RANK = 2**20
 LARGEST_COUNT = 10**9
@@ -135,8 +136,17 @@ def answers(found: Plan, questions: Questions) -> Answers:
         }
         cost = study_cost(found, trials=questions.trials, steps=questions.steps, **rates)
         sentences.append(cost_answer(cost, steps=questions.steps, **rates))
-        result["cost"] = _json_cost(cost)
+        result["cost"] = asdict(cost)
     return Answers(sentences=sentences, result=result)
+
+
+def require_fit(found: Plan) -> None:
+    """Raises BudgetError where no rank of the table fits."""
+    if not any_fits(found):
+        raise BudgetError(
+            f"memory_budget: none of these ranks fits {bytes_text(found.memory_budget_bytes)}. "
+            "Raise the budget, or change what is said above."
+        )
 
 
 def any_fits(found: Plan) -> bool:
@@ -208,7 +218,6 @@ _OPTION_WORDS = {
     ),
     "or take data.label away": "or leave out --task SEQ_CLS",
     "model.name: ": "model: ",
-    "model.": "",
 }
 """Words of study files, and what they are called here."""
 
@@ -216,7 +225,7 @@ _OPTION_WORDS = {
 def _in_options(problem: str) -> str:
     for words, ours in _OPTION_WORDS.items():
         problem = problem.replace(words, ours)
-    return problem
+    return re.sub(r"\bmodel\.(?=[a-z])", "", problem)
 
 
 def _json_change(change: Change) -> dict[str, Any]:
@@ -228,7 +237,3 @@ def _json_change(change: Change) -> dict[str, Any]:
         "freed_bytes": change.freed_bytes,
         "words": str(change),
     }
-
-
-def _json_cost(cost: StudyCost) -> dict[str, Any]:
-    return asdict(cost)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rsauto.devices import DEVICES
-from rsauto.memory.changes import SHORTEST, Change
+from rsauto.memory.changes import SHORTEST, Change, trained_bytes
 from rsauto.memory.cost import StudyCost
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.plan import Plan, PlannedRank
@@ -60,6 +60,7 @@ class PlanColumn(NamedTuple):
 
 def print_plan(plan: Plan, console: Console, notes: Iterable[str] = ()) -> None:
     """The table, its legend, and what was assumed."""
+    console.print(_title(plan), markup=False, highlight=False, soft_wrap=True)
     console.print(ranks_as_table(plan, console.width))
     print_sentences([legend(), *assumptions(plan), *notes], console)
 
@@ -73,8 +74,6 @@ def print_sentences(sentences: Iterable[str], console: Console) -> None:
 def ranks_as_table(plan: Plan, width: int) -> Table:
     """What each rank needs; a narrow terminal shows the columns that decide."""
     table = Table(
-        title=_title(plan),
-        title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -137,7 +136,8 @@ def assumptions(plan: Plan) -> list[str]:
     sentences.append(f"{needs}.")
     reasons = {row.prediction.estimate_reason for row in plan.ranks if row.prediction.estimated}
     sentences += [
-        f"~ is an estimate by a closed form: the step cannot be traced ({reason})."
+        "~ is an estimate by a closed form with a large allowance: the step cannot be traced "
+        f"({reason})."
         for reason in sorted(reasons)
     ]
     return sentences
@@ -164,6 +164,12 @@ def fit_answer(plan: Plan, rank: int, change: Change | None) -> str:
     if row.fits:
         return f"Rank {rank} fits as it is: it needs {bytes_text(row.needed_bytes)}."
     begin = f"Rank {rank} {_excess(plan, row)}."
+    trained = trained_bytes(plan.planner.kind, row.prediction)
+    if plan.planner.outside_bytes + trained > (plan.memory_budget_bytes or 0):
+        return (
+            f"{begin} No change makes it fit: the adapter and the optimizer's states alone need "
+            f"{bytes_text(trained)}."
+        )
     if change is None:
         tried = ", ".join(_tried(plan.planner.kind))
         return f"{begin} Nothing tried makes it fit: {tried}, sequences down to {SHORTEST} tokens."
@@ -210,8 +216,8 @@ def _training_sentence(kind: StepKind) -> str:
     task = "causal language model" if kind.task == "CAUSAL_LM" else "sequence classifier"
     base = f"base in {kind.quant_bits} bit" if kind.quant_bits else f"base in {kind.dtype}"
     mixed = f", autocast to {kind.autocast}" if kind.autocast else ""
-    attention = kind.attn_implementation
-    attention = "sdpa where the model has it" if attention == "auto" else attention
+    asked = kind.attn_implementation
+    attention = "sdpa where the model has it" if asked == "auto" else asked
     checkpointing = "" if kind.gradient_checkpointing else "no "
     clip = "" if kind.clip else ", no clipping"
     return (
@@ -259,6 +265,10 @@ def _marked(shown: Shown, num_bytes: int) -> str:
     return ("~" if shown.row.prediction.estimated else "") + bytes_text(num_bytes)
 
 
+def _bar(shown: Shown) -> str:
+    return breakdown_bar(shown.row.prediction.breakdown)
+
+
 def _place(shown: Shown) -> str:
     found = shown.row.prediction
     return f"{found.phase} {found.operation.removeprefix('aten.')}".rstrip()
@@ -286,9 +296,7 @@ COLUMNS = (
     PlanColumn("card", lambda s: smallest_card(s.plan, s.row), _names_card, justify="left"),
     PlanColumn("trained", lambda s: count_text(s.row.prediction.num_trainable_params)),
     PlanColumn("adapter", lambda s: bytes_text(s.row.adapter_bytes), always=False),
-    PlanColumn(
-        "FLOPs/token", lambda s: count_text(s.row.prediction.flops_per_token), always=False
-    ),
-    PlanColumn("parts of the peak", lambda s: breakdown_bar(s.row.prediction.breakdown), justify="left"),
+    PlanColumn("FLOPs/token", lambda s: count_text(s.row.prediction.flops_per_token), always=False),
+    PlanColumn("parts of the peak", _bar, justify="left"),
     PlanColumn("peak in", _place, always=False, justify="left"),
-)  # fmt: skip
+)

@@ -50,6 +50,8 @@ def cheapest_change(
     max_length: int,
 ) -> Change | None:
     """The first of the module's changes, alone or with those before it, that makes a rank fit."""
+    if planner.outside_bytes + trained_bytes(planner.kind, row.prediction) > memory_budget_bytes:
+        return None
     before = {
         "micro_batch_size": row.prediction.micro_batch_size,
         "gradient_checkpointing": planner.kind.gradient_checkpointing,
@@ -78,6 +80,12 @@ def cheapest_change(
             freed_bytes=row.needed_bytes - needed,
         )
     return None
+
+
+def trained_bytes(kind: StepKind, prediction: Prediction) -> int:
+    """Adapters and AdamW's two moments of them: what no change makes smaller."""
+    whole_moments = kind.optimizer.startswith("adamw") and kind.optimizer != "adamw_8bit"
+    return prediction.breakdown.get("adapters", 0) * (3 if whole_moments else 1)
 
 
 def _variants(kind: StepKind, max_length: int) -> Iterator[tuple[StepKind, int]]:

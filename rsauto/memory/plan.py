@@ -317,9 +317,9 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
 
 def _require_positive(**numbers: int) -> None:
     problems = [
-        f"{name}: {number!r} is not a whole number of at least 1."
+        f"{name}: {number!r} is not a whole number from 1 to {2**20}."
         for name, number in numbers.items()
-        if not isinstance(number, int) or number < 1
+        if not isinstance(number, int) or not 1 <= number <= 2**20
     ]
     if problems:
         raise InputError(problems)

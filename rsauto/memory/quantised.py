@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,45 +55,65 @@ def stand_in_for_linears(model: PreTrainedModel, bits: Bits, device_type: str) -
             name,
             Linear8bitLt(shape, dtype, bias, device_type)
             if bits == 8
-            else Linear4bit(shape, dtype, bias, double, getattr(torch, compute or "", dtype)),
+            else Linear4bit(
+                shape, dtype, bias, device_type, double, getattr(torch, compute or "", dtype)
+            ),
         )
 
 
 def follow_bitsandbytes(adapted: PeftModel) -> None:
     """Makes PEFT's layers on stand-ins add their adapters as its layers on bitsandbytes' do."""
     for layer in lora_layers(adapted):
-        if isinstance(layer.get_base_layer(), (Linear8bitLt, Linear4bit)):
-            layer.__class__ = _LoraLayer
+        if isinstance(layer.get_base_layer(), _StandIn):
+            layer.__class__ = _AdaLoraLayer if isinstance(layer, SVDLinear) else _LoraLayer
 
 
 class _StandIn(nn.Linear):
     """A linear layer that PEFT adapts like any other, with storages of its own."""
 
-    def __init__(self, weight: Tensor, shape: tuple[int, int], dtype: torch.dtype, bias: bool):
+    def __init__(
+        self,
+        weight: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: bool,
+        device_type: str,
+    ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         own_bias = nn.Parameter(torch.empty(shape[0], dtype=dtype)) if bias else None
         self.register_parameter("bias", own_bias)
+        self.device_type = device_type
+
+    @property
+    def W_q(self) -> Tensor:
+        """Where PEFT finds this name, it asks for `dequantize`, as DoRA does."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
 
 
 class Linear8bitLt(_StandIn):
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, bias: bool, device_type: str
     ) -> None:
-        super().__init__(torch.empty(shape, dtype=torch.int8), shape, dtype, bias)
+        super().__init__(torch.empty(shape, dtype=torch.int8), shape, dtype, bias, device_type)
         self.register_buffer("scales", torch.empty(shape[0]))
-        self._device_type = device_type
 
     def forward(self, x: Tensor) -> Tensor:
         # A CPU trains with dequantised weights and evaluates with quantised activations.
-        in_int8 = self._device_type == "cuda" or not self.training
+        in_int8 = self.device_type == "cuda" or not self.training
         product: Tensor = _Product8bit.apply(x, self, in_int8)  # type: ignore[no-untyped-call]
         return product
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         scales = self.get_buffer("scales").unsqueeze(1).mul(1 / 127)
         return self.weight.to(dtype).mul_(scales)
+
+    def dequantize(self) -> Tensor:
+        return self.weight * self.get_buffer("scales").view(-1, 1) * (1 / 127)
 
     def int8_product(self, x: Tensor) -> Tensor:
         """Inputs quantised row by row, summed in int32, scaled back.
@@ -104,7 +125,7 @@ class Linear8bitLt(_StandIn):
         quantised = self._quantised_rows(half)
         del half, outliers
         sums = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.int32)
-        if self._device_type == "cuda":
+        if self.device_type == "cuda":
             return torch.empty_like(sums, dtype=torch.float16).to(x.dtype)
         # Products of the scales, the sums in float32, and the product of both.
         scaled = [torch.empty_like(sums, dtype=torch.float32) for _ in range(3)]
@@ -112,7 +133,7 @@ class Linear8bitLt(_StandIn):
         return torch.empty_like(sums, dtype=x.dtype)
 
     def _quantised_rows(self, half: Tensor) -> Tensor:
-        if self._device_type == "cuda":
+        if self.device_type == "cuda":
             return torch.empty_like(half, dtype=torch.int8)
         scales = torch.empty(*half.shape[:-1], 1)
         return (half * scales).round().to(torch.int8)
@@ -141,11 +162,12 @@ class Linear4bit(_StandIn):
         shape: tuple[int, int],
         dtype: torch.dtype,
         bias: bool,
+        device_type: str,
         double: bool,
         compute_dtype: torch.dtype,
     ) -> None:
         packed = torch.empty(math.ceil(math.prod(shape) / 2), 1, dtype=torch.uint8)
-        super().__init__(packed, shape, dtype, bias)
+        super().__init__(packed, shape, dtype, bias, device_type)
         num_blocks = math.ceil(math.prod(shape) / BLOCK)
         state = {"code": torch.empty(16)}
         if double:
@@ -175,6 +197,12 @@ class Linear4bit(_StandIn):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
+    def dequantize(self) -> Tensor:
+        scales = self.block_scales(in_place=True)
+        weight = self.dequantised(self.dtype)
+        del scales
+        return weight
+
 
 class _Product4bit(torch.autograd.Function):
     @staticmethod
@@ -194,6 +222,11 @@ class _Product4bit(torch.autograd.Function):
         return torch.matmul(gradient, weight.to(gradient.dtype)), None
 
 
+def _casts(base: _StandIn) -> bool:
+    """Whether PEFT casts around an adapter: not under CUDA's autocast, but under the CPU's."""
+    return base.device_type == "cpu" or not torch.is_autocast_enabled("cpu")
+
+
 class _LoraLayer(LoraLinear):
     """PEFT's Linear8bitLt and Linear4bit cast the adapter's output before they add it."""
 
@@ -201,8 +234,34 @@ class _LoraLayer(LoraLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if isinstance(self.base_layer, Linear4bit):
             result = result.clone()
+        dtype, casts = result.dtype, _casts(self.base_layer)
         down, up = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
-        x = x.to(down.get_parameter("weight").dtype)
-        delta: Tensor = up(down(x)) * self.scaling[ADAPTER_NAME]
-        delta = delta.to(result.dtype)
+        if casts:
+            x = x.to(down.get_parameter("weight").dtype)
+        if ADAPTER_NAME in self.lora_variant:
+            variant = self.lora_variant[ADAPTER_NAME]
+            result = variant.forward(self, active_adapter=ADAPTER_NAME, x=x, result=result)
+            return result.to(dtype) if casts else result
+        delta: Tensor = up(down(self.lora_dropout[ADAPTER_NAME](x))) * self.scaling[ADAPTER_NAME]
+        if casts:
+            delta = delta.to(dtype)
         return result + delta
+
+
+class _AdaLoraLayer(SVDLinear):
+    """The same of AdaLoRA, whose 4 bit layer adds in place."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        in_place, casts = isinstance(self.base_layer, Linear4bit), _casts(self.base_layer)
+        if in_place:
+            result = result.clone()
+        down, up, values = (t[ADAPTER_NAME] for t in (self.lora_A, self.lora_B, self.lora_E))
+        rank = self.ranknum[ADAPTER_NAME] + 1e-5
+        if casts:
+            x = x.to(down.dtype if in_place else torch.float32)
+        delta: Tensor = self.lora_dropout[ADAPTER_NAME](x) @ (down * values).T @ up.T
+        if casts:
+            delta = delta.to(result.dtype)
+        delta = delta * self.scaling[ADAPTER_NAME] / rank
+        return result.add_(delta) if in_place else result + delta

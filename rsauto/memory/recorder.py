@@ -41,11 +41,15 @@ class StorageEvent(NamedTuple):
 class StorageRecorder(TorchDispatchMode):
     """Turns the operations that run under it into a stream of storage events."""
 
-    def __init__(self, device_type: str) -> None:
-        """`device_type` is where the step will run, "cpu" or "cuda"; not where it is recorded."""
+    def __init__(self, device_type: str, is_padded: bool = False) -> None:
+        """`device_type` is where the step will run, "cpu" or "cuda"; not where it is recorded.
+
+        `is_padded` is what fake masks, which have no values, are taken for: a real one tells.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
-        self._casts_in_kernels = device_type == "cpu"
+        self._on_cuda = device_type == "cuda"
+        self._is_padded = is_padded
         self._num_logits = 0
         self._tags: list[Tag] = []
         self._stream: list[tuple[int, int, Phase, str]] = []
@@ -56,10 +60,10 @@ class StorageRecorder(TorchDispatchMode):
             if func is torch.ops.prim.device.default:
                 return args[0].fake_device  # most of the calls; the long way returns the same
             if func is torch.ops.aten._local_scalar_dense.default:
-                return _stand_in_value(args[0].dtype)
-        casts = _cast_bytes(func, args) if self._casts_in_kernels and _is_pointwise(func) else []
+                return self._stand_in_value(args[0].dtype)
+        casts = _cast_bytes(func, args) if not self._on_cuda and _is_pointwise(func) else []
         scratch = [self._appear(nbytes, "activations", func) for nbytes in casts]
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._see(out, func)
         else:
@@ -128,10 +132,37 @@ class StorageRecorder(TorchDispatchMode):
         self._stream.append((number, nbytes, self.phase, _name(func)))
         return number
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation, corrected where a fake one differs from the kernel that it stands for."""
+        if func is _LAYER_NORM and isinstance(args[0], FakeTensor):
+            out, *statistics = func(*args, **kwargs)
+            mixed = args[2] is not None and args[2].dtype != args[0].dtype
+            if self._on_cuda or mixed:  # kept in float32 there
+                statistics = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in statistics]
+            return out, *statistics
+        if func is _GROUPED_MM and isinstance(args[0], FakeTensor):
+            # Kernels take every dtype, their stand-in only one.
+            halves = [t.to(torch.bfloat16) for t in args[:2]]
+            return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+        return func(*args, **kwargs)
+
+    def _stand_in_value(self, dtype: torch.dtype) -> bool | int | float:
+        """What a fake tensor answers to .item(): it has no value, and 1 serves for a step counter.
+
+        A model asks one question of its batch: "is the mask all ones?".
+        """
+        if dtype == torch.bool:
+            return not self._is_padded
+        return 1.0 if dtype.is_floating_point else 1
+
     def _first_tag(self, tensor: Tensor) -> Tag:
         if self.phase == "optimizer":
             return "optimizer"
         return "logits_and_loss" if tensor.numel() == self._num_logits else "activations"
+
+
+_LAYER_NORM = torch.ops.aten.native_layer_norm.default
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 @functools.cache
@@ -157,13 +188,3 @@ def _cast_bytes(func: Any, operands: Sequence[Any]) -> list[int]:
     if func._schema.name.endswith("_"):
         floats.append(operands[0])
     return [t.numel() * common.itemsize for t in floats if t.dtype != common]
-
-
-def _stand_in_value(dtype: torch.dtype) -> bool | int | float:
-    """What a fake tensor answers to .item(): it has no value, and 1 serves for a step counter.
-
-    True answers the one question that a model asks of its batch: "is the mask all ones?".
-    """
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
