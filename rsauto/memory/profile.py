@@ -41,7 +41,7 @@ _EXPONENTS = sorted(itertools.product((0, 1, 2), (0, 1), (0, 1, 2), (0, 1, 2)), 
 PADDED_TO = 128
 """Tokens to which CUDA's attention kernels pad at most."""
 
-_LARGEST_SHIFT = 8
+_SHIFTS = (0, 1, -1, 2, -2)
 """Tokens by which a length may be off: labels are padded by one before they are shifted."""
 
 
@@ -119,14 +119,14 @@ class StepProfile:
     def covers(self, size: StepSize) -> bool:
         """Whether a step of `size` runs the same operations, as far as can be told without tracing.
 
-        A single sequence is handled differently from several, a number that is equal in both traces
-        may only have that value, and so may a length that kernels may pad.
+        A single sequence or token is handled differently from several, a number that is equal in
+        both traces may only have that value, and so may a length that kernels may pad.
         """
         alone = (size.micro_batch_size == 1) == (self.low.micro_batch_size == 1)
         return alone and all(
-            wanted == low or (low != high and wanted > 0 and wanted % step == 0)
-            for wanted, low, high, step in zip(
-                size, self.low, self.high, (1, 1, self.step, self.step), strict=True
+            wanted == low or (low != high and wanted >= least and wanted % step == 0)
+            for wanted, low, high, least, step in zip(
+                size, self.low, self.high, (1, 1, 2, 2), (1, 1, self.step, self.step), strict=True
             )
         )
 
@@ -283,24 +283,15 @@ def _product(size: StepSize, exponents: Sequence[int]) -> int:
 
 def _term(nbytes: tuple[int, int], low: StepSize, high: StepSize) -> _Term:
     """The simplest term that is `nbytes[0]` at `low` and `nbytes[1]` at `high`, exactly."""
-    for exponents in _EXPONENTS:
-        one, other = _product(low, exponents), _product(high, exponents)
+    for shift, exponents in itertools.product(_SHIFTS, _EXPONENTS):
+        if shift and exponents[2] + exponents[3] != 1:
+            continue
+        one, other = (_product(_moved(size, shift), exponents) for size in (low, high))
         if one and other and nbytes[0] * other == nbytes[1] * one:
-            return _Term(nbytes[0] / one, exponents)
-    for exponents in _EXPONENTS:
-        for shift in _shifts(exponents):
-            one, other = (_product(_moved(size, shift), exponents) for size in (low, high))
-            if one and other and nbytes[0] * other == nbytes[1] * one:
-                return _Term(nbytes[0] / one, exponents, shift)
+            return _Term(nbytes[0] / one, exponents, shift)
     raise OtherOperationsError(
         f"a storage of {nbytes[0]} bytes at {low} and of {nbytes[1]} at {high} follows no term"
     )
-
-
-def _shifts(exponents: Sequence[int]) -> Iterator[int]:
-    if exponents[2] + exponents[3] == 1:
-        for distance in range(1, _LARGEST_SHIFT + 1):
-            yield from (distance, -distance)
 
 
 def _moved(size: StepSize, shift: int) -> StepSize:

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -33,10 +34,13 @@ TRACING_CODE = ("memory", "adapters", "training", "base.py", "architecture.py", 
 KEPT_KINDS = 256
 """Folders kept on disk, the ones used last."""
 
+PREDICTIONS, ESTIMATE = "predictions.json", "estimate.json"
+"""Files in the folder of a kind; its traced profiles are beside them."""
+
 FIRST_RANK = 8
 """Any would do; this one meets no dimension of a usual model."""
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, BadZipFile)
+_BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile)
 
 
 def cache_folder() -> Path:
@@ -99,22 +103,25 @@ class Profiles:
         self._on_trace(kind, size)
         profile = _make(kind, size._replace(rank=FIRST_RANK))
         self._known[kind].append(profile)
-        if isinstance(profile, StepProfile):
-            self._write(kind, profile)
+        self._write(kind, profile)
         return profile
 
-    def _read(self, kind: StepKind) -> Iterator[StepProfile]:
+    def _read(self, kind: StepKind) -> Iterator[StepProfile | EstimatedProfile]:
         if self._folder is None:
             return
-        for path in sorted((self._folder / _key(kind)).glob("*.npz")):
-            try:
+        folder = self._folder / _key(kind)
+        with suppress(*_BROKEN):
+            yield EstimatedProfile(**_checked((folder / ESTIMATE).read_bytes()))
+        for path in sorted(folder.glob("*.npz")):
+            with suppress(*_BROKEN):
                 yield _decoded(path)
-            except _BROKEN:
-                continue
 
-    def _write(self, kind: StepKind, profile: StepProfile) -> None:
-        name = "-".join(str(n) for n in (*profile.low, *profile.high))
-        self._store(kind, f"{name}.npz", _encoded(profile))
+    def _write(self, kind: StepKind, profile: StepProfile | EstimatedProfile) -> None:
+        if isinstance(profile, StepProfile):
+            name = "-".join(str(n) for n in (*profile.low, *profile.high))
+            self._store(kind, f"{name}.npz", _encoded(profile))
+        else:
+            self._store(kind, ESTIMATE, _sealed(asdict(profile)))
         if self._folder is not None:
             _forget_oldest(self._folder)
 
@@ -122,14 +129,14 @@ class Profiles:
         if self._folder is None:
             return {}
         try:
-            text = (self._folder / _key(kind) / "predictions.json").read_text(encoding="utf-8")
-            return {StepSize(*size): Prediction(**fields) for size, fields in json.loads(text)}
+            rows = _checked((self._folder / _key(kind) / PREDICTIONS).read_bytes())
+            return {StepSize(*size): Prediction(**fields) for size, fields in rows}
         except _BROKEN:
             return {}
 
     def _write_predictions(self, kind: StepKind) -> None:
         rows = [[size, asdict(found)] for size, found in self._predictions[kind].items()]
-        self._store(kind, "predictions.json", json.dumps(rows).encode())
+        self._store(kind, PREDICTIONS, _sealed(rows))
 
     def _store(self, kind: StepKind, name: str, data: bytes) -> None:
         """A disk that refuses costs time, not the plan."""
@@ -147,10 +154,10 @@ def _make(kind: StepKind, first: StepSize) -> StepProfile | EstimatedProfile:
     from rsauto.memory.trace import estimated_profile, trace_step
 
     try:
-        low = trace_step(kind, first)
+        low = trace_step(kind, first, may_cut=True)
         for second in second_sizes(first, kind.device_type):
             try:
-                return profile_from(low, trace_step(kind, second), kind.device_type)
+                return profile_from(low, trace_step(kind, second, may_cut=True), kind.device_type)
             except OtherOperationsError as error:
                 reason = str(error)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -195,6 +202,20 @@ _SMALLER = {"storages": np.int32, "signs": np.int8, "terms": np.int32, "labels":
 _PLAIN = (
     "low", "high", "step", "words", "params", "frozen_linear_weights", "trainable_linear_weights",
 )  # fmt: skip
+
+
+def _sealed(value: Any) -> bytes:
+    """JSON after a line with its hash."""
+    text = json.dumps(value).encode()
+    return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+
+
+def _checked(data: bytes) -> Any:
+    """What was sealed. Raises ValueError where a bit has changed."""
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("not what was written")
+    return json.loads(text)
 
 
 def _encoded(profile: StepProfile) -> bytes:

@@ -222,8 +222,9 @@ class _Product4bit(torch.autograd.Function):
         return torch.matmul(gradient, weight.to(gradient.dtype)), None
 
 
-def _casts(base: _StandIn) -> bool:
+def _casts(base: nn.Module) -> bool:
     """Whether PEFT casts around an adapter: not under CUDA's autocast, but under the CPU's."""
+    assert isinstance(base, _StandIn)
     return base.device_type == "cpu" or not torch.is_autocast_enabled("cpu")
 
 
@@ -256,12 +257,12 @@ class _AdaLoraLayer(SVDLinear):
         in_place, casts = isinstance(self.base_layer, Linear4bit), _casts(self.base_layer)
         if in_place:
             result = result.clone()
-        down, up, values = (t[ADAPTER_NAME] for t in (self.lora_A, self.lora_B, self.lora_E))
-        rank = self.ranknum[ADAPTER_NAME] + 1e-5
+        factors: Any = (self.lora_A, self.lora_B, self.lora_E, self.ranknum)
+        down, up, values, rank = (factor[ADAPTER_NAME] for factor in factors)
         if casts:
             x = x.to(down.dtype if in_place else torch.float32)
         delta: Tensor = self.lora_dropout[ADAPTER_NAME](x) @ (down * values).T @ up.T
         if casts:
             delta = delta.to(result.dtype)
-        delta = delta * self.scaling[ADAPTER_NAME] / rank
+        delta = delta * self.scaling[ADAPTER_NAME] / (rank + 1e-5)
         return result.add_(delta) if in_place else result + delta

@@ -8,10 +8,11 @@ process where PyTorch has no CUDA; attention, whose kernels differ, is then repl
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from rsauto.architecture import architecture_of, attention_of, auto_class
 from rsauto.base import prepare
 from rsauto.errors import InputError
 from rsauto.memory.attention import attention_of_cuda, use_flash
+from rsauto.memory.depth import DEPTHS, NotRepeatedError, Stack, cut, deepened, repeated_layers
 from rsauto.memory.estimate import EstimatedProfile
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.methods import METHODS, adapt
@@ -55,13 +57,46 @@ class StepTrace:
     events: tuple[StorageEvent, ...]
 
 
-def trace_step(kind: StepKind, size: StepSize) -> StepTrace:
+def trace_step(kind: StepKind, size: StepSize, *, may_cut: bool = False) -> StepTrace:
     """Runs one step of `kind` and `size` on fake tensors and records its memory.
 
+    With `may_cut` the layers of a deep model that repeat are traced a few at a time, see `depth`.
     Raises what the model raises where a step depends on values, which fake tensors do not have.
     """
     with torch.device("meta"):
         model = build_model(kind, size.rank)
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    weights = linear_weights(model)
+    stack = repeated_layers(model) if may_cut else None
+    events = None
+    if stack is not None:
+        with suppress(NotRepeatedError):
+            events = _trace_cut(model, kind, size, stack)
+        if events is None:
+            return trace_step(kind, size)
+    return StepTrace(
+        size=size,
+        num_trainable_params=num_trainable,
+        linear_weights=weights,
+        events=events or _trace(model, kind, size),
+    )
+
+
+def _trace_cut(
+    model: PeftModel, kind: StepKind, size: StepSize, stack: Stack
+) -> tuple[StorageEvent, ...]:
+    """The events of all layers from those of the first ones. The model is cut for good."""
+    num_groups = stack.num_groups
+    traces = []
+    for depth in sorted(DEPTHS, reverse=True):
+        cut(stack, depth)
+        traces.append(_trace(copy.deepcopy(model), kind, size))
+    four, three, two = traces
+    return deepened(two, three, four, num_groups)
+
+
+def _trace(model: PeftModel, kind: StepKind, size: StepSize) -> tuple[StorageEvent, ...]:
+    """The events of a step of a model on the meta device, whose tensors become fake ones."""
     with ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -69,18 +104,12 @@ def trace_step(kind: StepKind, size: StepSize) -> StepTrace:
             stack.enter_context(attention_of_cuda(kind.attn_implementation == "flash_attention_2"))
         stack.enter_context(_masks_are_read())
         _replace_meta_tensors(model)
-        events = record_step(
+        return record_step(
             model,
             kind,
             train_batch=_blank_batch(kind, size.micro_batch_size, size.train_length),
             eval_batch=_blank_batch(kind, size.micro_batch_size, size.eval_length),
         )
-    return StepTrace(
-        size=size,
-        num_trainable_params=sum(p.numel() for p in trainable_parameters(model).values()),
-        linear_weights=linear_weights(model),
-        events=events,
-    )
 
 
 def estimated_profile(kind: StepKind, reason: str) -> EstimatedProfile:
