@@ -43,7 +43,7 @@ def require_equal(profile: StepProfile, kind: StepKind, size: StepSize) -> None:
     signed = rounded(direct, GRANULE)
     in_use = list(itertools.accumulate(signed))
     top = in_use.index(max(in_use))
-    prediction = profile.predict(size, "cuda", at_least=True)
+    prediction = profile.predict(size, "cuda")
     assert profile.covers(size)
     assert profile.sizes(size, GRANULE).tolist() == signed
     assert prediction.peak_bytes == max(in_use)
@@ -59,10 +59,7 @@ def test_two_low_ranks_tell_every_high_one() -> None:
     kind = llama_7b()
     profile = profile_of(kind, ALONE, ALONE._replace(rank=32))
     require_equal(profile, kind, ALONE._replace(rank=2048))
-    peaks = {
-        rank: profile.predict(ALONE._replace(rank=rank), "cuda", at_least=True)
-        for rank in (4, 32, 2048)
-    }
+    peaks = {rank: profile.predict(ALONE._replace(rank=rank), "cuda") for rank in (4, 32, 2048)}
     low, middle, high = (peak.peak_bytes for peak in peaks.values())
     assert low + (middle - low) / 28 * 2044 < 0.97 * high
     # 32 layers of 4 square matrices and 3 of the MLP, 2 factors to each.

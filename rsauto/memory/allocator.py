@@ -131,6 +131,15 @@ def reserved_bytes(changes: Changes, limit_bytes: int | None = None) -> int:
     return allocator.highest
 
 
+def runs_within(changes: Changes, limit_bytes: int) -> bool:
+    """Whether the allocator gets through without reserving more than the limit."""
+    try:
+        reserved_bytes(changes, limit_bytes)
+    except NoRoomError:
+        return False
+    return True
+
+
 def smallest_limit_bytes(changes: Changes, peak_bytes: int) -> int:
     """The least that the allocator may reserve without running out of memory, to 0.2 %.
 

@@ -120,7 +120,11 @@ class EstimatedProfile:
     trainable_linear_weights: tuple[float, float]
     """(without rank, for each rank)."""
 
-    def predict(self, size: StepSize, _device_type: str, at_least: bool = False) -> Prediction:
+    def fits(self, size: StepSize, device_type: str, limit_bytes: int) -> bool:
+        """Whether the estimate and its allowance stay below the limit."""
+        return self.predict(size, device_type).reserved_bytes <= limit_bytes
+
+    def predict(self, size: StepSize, _device_type: str) -> Prediction:
         """The estimated peak; its allowance counts as reserved."""
         num_trainable = round(self.params[0] + self.params[1] * size.rank)
         estimate = estimated_peak(
@@ -134,7 +138,7 @@ class EstimatedProfile:
             rank=size.rank,
             micro_batch_size=size.micro_batch_size,
             peak_bytes=estimate.peak_bytes,
-            reserved_bytes=estimate.peak_bytes if at_least else estimate.needed_bytes,
+            reserved_bytes=estimate.needed_bytes,
             num_trainable_params=num_trainable,
             flops_per_token=4.0 * self.frozen_linear_weights + 6.0 * trained,
             breakdown={str(tag): n for tag, n in estimate.breakdown.items()},

@@ -246,12 +246,15 @@ def _planned(
         max_length=max_length,
         planner=planner,
     )
+    rows = tuple(_row(empty, rank) for rank in ranks)
     largest = None
     if budget is not None:
         largest = planner.largest_rank(
-            memory_budget_bytes=budget.total_bytes, batch_size=batch_size, micro_batch_size=micro
+            memory_budget_bytes=budget.total_bytes,
+            batch_size=batch_size,
+            micro_batch_size=micro,
+            known={row.rank: bool(row.fits) for row in rows},
         )
-    rows = tuple(_row(empty, rank) for rank in ranks)
     return replace(empty, ranks=rows, largest_rank=largest)
 
 

@@ -6,9 +6,9 @@ Torch is not needed for what was traced before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from rsauto.devices import context_bytes, workspace_bytes
 from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
@@ -79,13 +79,57 @@ class MemoryPlanner:
         target_modules: Targets | None = None,
         optimizer: PlannedOptimizer | None = None,
         clip: bool = True,
-        at_least: bool = False,
     ) -> Prediction:
-        """Memory at `rank` with `batch_size` sequences a step, `micro_batch_size` at a time.
+        """Memory at `rank` with `batch_size` sequences a step, `micro_batch_size` at a time."""
+        steps = self._steps(
+            rank,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            target_modules=target_modules,
+            optimizer=optimizer,
+            clip=clip,
+        )
+        found = [self._profiles.predict(kind, size) for kind, size in steps]
+        highest = max(found, key=lambda prediction: prediction.peak_bytes)
+        return replace(highest, reserved_bytes=max(one.reserved_bytes for one in found))
+
+    def fits(
+        self,
+        rank: int,
+        *,
+        memory_budget_bytes: int,
+        batch_size: int,
+        micro_batch_size: int,
+        target_modules: Targets | None = None,
+        optimizer: PlannedOptimizer | None = None,
+        clip: bool = True,
+    ) -> bool:
+        """Whether `predict` needs no more than the budget; much faster where that is all."""
+        limit = int((memory_budget_bytes - self.outside_bytes) / (1 + self.allowance))
+        steps = self._steps(
+            rank,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            target_modules=target_modules,
+            optimizer=optimizer,
+            clip=clip,
+        )
+        return all(self._profiles.fits(kind, size, limit) for kind, size in steps)
+
+    def _steps(
+        self,
+        rank: int,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        target_modules: Targets | None,
+        optimizer: PlannedOptimizer | None,
+        clip: bool,
+    ) -> list[tuple[StepKind, StepSize]]:
+        """The micro-batches that may need most.
 
         A batch in parts is cut longest first, so only the first part, before which there are no
-        gradients, can have the longest sequence. With `at_least` only what is in use counts as
-        reserved, which is found much faster.
+        gradients, can have the longest sequence.
         """
         if rank < 1:
             raise ValueError(f"rank must be at least 1, but got {rank=}.")
@@ -94,7 +138,6 @@ class MemoryPlanner:
                 f"micro_batch_size must divide batch_size, but got {micro_batch_size=} and "
                 f"{batch_size=}. Use one of {divisors(batch_size)}."
             )
-        predict = self._profiles.predict_at_least if at_least else self._profiles.predict
         kind = replace(
             self.kind,
             target_modules=self.kind.target_modules if target_modules is None else target_modules,
@@ -105,14 +148,11 @@ class MemoryPlanner:
         )
         size = StepSize(rank, micro_batch_size, self._lengths[0], self._eval_length)
         if micro_batch_size == batch_size:
-            return predict(kind, size)
+            return [(kind, size)]
         second = size._replace(train_length=self._second_length(batch_size, micro_batch_size))
-        later = predict(replace(kind, accumulate=True), second)
-        if second == size:
-            return later  # as long, and with gradients from the start
-        first = predict(kind, size)
-        higher = max(first, later, key=lambda prediction: prediction.peak_bytes)
-        return replace(higher, reserved_bytes=max(first.reserved_bytes, later.reserved_bytes))
+        later = (replace(kind, accumulate=True), second)
+        # As long, and with gradients from the start, it needs at least what the first needs.
+        return [later] if second == size else [(kind, size), later]
 
     def _second_length(self, batch_size: int, micro_batch_size: int) -> int:
         """The longest sequence that a second micro-batch can have."""
@@ -137,31 +177,26 @@ class MemoryPlanner:
         target_modules: Targets | None = None,
         optimizer: PlannedOptimizer | None = None,
         clip: bool = True,
-        at_least: bool = False,
     ) -> Prediction | None:
         """The prediction for the largest micro-batch that fits the budget, None if none does.
 
         "auto" chooses among the divisors of `batch_size`, so that gradient accumulation holds the
         global batch; a number allows only itself.
         """
+        asked: dict[str, Any] = {
+            "batch_size": batch_size,
+            "target_modules": target_modules,
+            "optimizer": optimizer,
+            "clip": clip,
+        }
 
-        def fitting(size: int) -> Prediction | None:
-            prediction = self.predict(
-                rank,
-                batch_size=batch_size,
-                micro_batch_size=size,
-                target_modules=target_modules,
-                optimizer=optimizer,
-                clip=clip,
-                at_least=at_least,
+        def fitting(size: int) -> bool:
+            return self.fits(
+                rank, memory_budget_bytes=memory_budget_bytes, micro_batch_size=size, **asked
             )
-            return prediction if self.needed_bytes(prediction) <= memory_budget_bytes else None
 
-        if micro_batch_size != "auto":
-            return fitting(micro_batch_size)
-        *smaller, whole = divisors(batch_size)
-        # The whole batch stands apart: without accumulation it may need less than a part of it.
-        return fitting(whole) or _last_that_fits(smaller, fitting)
+        chosen = _largest_micro_batch(batch_size, micro_batch_size, fitting)
+        return None if chosen is None else self.predict(rank, micro_batch_size=chosen, **asked)
 
     def largest_rank(
         self,
@@ -172,31 +207,37 @@ class MemoryPlanner:
         target_modules: Targets | None = None,
         optimizer: PlannedOptimizer | None = None,
         clip: bool = True,
+        known: Mapping[int, bool] | None = None,
     ) -> int:
-        """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does."""
+        """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does.
 
-        def fits(rank: int, at_least: bool = False) -> bool:
-            prediction = self.largest_micro_batch(
-                rank,
-                memory_budget_bytes=memory_budget_bytes,
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
-                target_modules=target_modules,
-                optimizer=optimizer,
-                clip=clip,
-                at_least=at_least,
-            )
-            return prediction is not None
+        `known` tells of some ranks whether they fit, which need not be looked at again.
+        """
 
-        too_large = 1
-        while fits(too_large, at_least=True):  # ends: memory grows with the rank without bound
-            too_large *= 2
-        highest = _largest_true(lambda rank: fits(rank, at_least=True), too_large // 2, too_large)
-        # What is reserved is a few per cent more than what is in use, so the answer is near.
-        fitting, step = highest, 1
-        while fitting > 0 and not fits(fitting):
-            highest, fitting, step = fitting, max(0, fitting - step), 2 * step
-        return _largest_true(fits, fitting, highest + 1 if fitting == highest else highest)
+        def fits(rank: int) -> bool:
+            def fitting(size: int) -> bool:
+                return self.fits(
+                    rank,
+                    memory_budget_bytes=memory_budget_bytes,
+                    batch_size=batch_size,
+                    micro_batch_size=size,
+                    target_modules=target_modules,
+                    optimizer=optimizer,
+                    clip=clip,
+                )
+
+            return _largest_micro_batch(batch_size, micro_batch_size, fitting) is not None
+
+        fitting = max((rank for rank, does in (known or {}).items() if does), default=0)
+        too_large = min(
+            (rank for rank, does in (known or {}).items() if not does and rank > fitting),
+            default=0,
+        )
+        if not too_large:
+            too_large = max(1, 2 * fitting)
+            while fits(too_large):  # ends: memory grows with the rank without bound
+                fitting, too_large = too_large, 2 * too_large
+        return _largest_true(fits, fitting, too_large)
 
 
 def _largest_true(condition: Callable[[int], bool], true: int, false: int) -> int:
@@ -207,17 +248,18 @@ def _largest_true(condition: Callable[[int], bool], true: int, false: int) -> in
     return true
 
 
-def _last_that_fits(
-    sizes: list[int], fitting: Callable[[int], Prediction | None]
-) -> Prediction | None:
-    """The prediction of the largest of ascending `sizes` that fits; by halves."""
-    best: Prediction | None = None
-    while sizes:
-        middle = len(sizes) // 2
-        prediction = fitting(sizes[middle])
-        best = prediction or best
-        sizes = sizes[middle + 1 :] if prediction else sizes[:middle]
-    return best
+def _largest_micro_batch(
+    batch_size: int, micro_batch_size: MicroBatch, fits: Callable[[int], bool]
+) -> int | None:
+    """The largest allowed micro-batch that fits, found by halves."""
+    if micro_batch_size != "auto":
+        return micro_batch_size if fits(micro_batch_size) else None
+    *smaller, whole = divisors(batch_size)
+    # The whole batch stands apart: without accumulation it may need less than a part of it.
+    if fits(whole):
+        return whole
+    index = _largest_true(lambda index: fits(smaller[index]), -1, len(smaller))
+    return None if index < 0 else smaller[index]
 
 
 def divisors(number: int) -> list[int]:

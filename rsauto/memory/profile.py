@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rsauto.memory.allocator import smallest_limit_bytes
+from rsauto.memory.allocator import runs_within, smallest_limit_bytes
 from rsauto.memory.kinds import Prediction, StepSize
 
 GRANULE_BYTES = {"cpu": 64, "cuda": 512}
@@ -154,26 +154,24 @@ class StepProfile:
         trainable = self.trainable_linear_weights
         return 4.0 * self.frozen_linear_weights + 6.0 * (trainable[0] + trainable[1] * rank)
 
-    def peak_bytes(self, size: StepSize, device_type: str) -> int:
-        """Highest number of bytes in use."""
-        return int(self.sizes(size, GRANULE_BYTES[device_type]).cumsum().max())
+    def fits(self, size: StepSize, device_type: str, limit_bytes: int) -> bool:
+        """Whether the allocator gets through the step without reserving more than the limit."""
+        sizes = self.sizes(size, GRANULE_BYTES[device_type])
+        if int(sizes.cumsum().max()) > limit_bytes:
+            return False
+        return device_type == "cpu" or runs_within(self._changes(sizes), limit_bytes)
 
-    def predict(self, size: StepSize, device_type: str, at_least: bool = False) -> Prediction:
-        """The peak at `size`, what it consists of, and what the allocator must reserve for it.
-
-        With `at_least` no more counts as reserved than what is in use.
-        """
+    def predict(self, size: StepSize, device_type: str) -> Prediction:
+        """The peak at `size`, what it consists of, and what the allocator must reserve for it."""
         assert self.covers(size), f"{size} is not covered by traces at {self.low} and {self.high}"
         sizes = self.sizes(size, GRANULE_BYTES[device_type])
         in_use = sizes.cumsum()
         top = int(in_use.argmax())
-        peak = int(in_use[top])
+        peak = reserved = int(in_use[top])
+        if device_type == "cuda":
+            reserved = smallest_limit_bytes(self._changes(sizes), peak)
         tags, phases, operations = self.labels.T
         by_tag = np.bincount(tags[: top + 1], weights=sizes[: top + 1], minlength=len(self.words))
-        reserved = peak
-        if device_type == "cuda" and not at_least:
-            changes = list(zip(self.storages.tolist(), sizes.tolist(), strict=True))
-            reserved = smallest_limit_bytes(changes, peak)
         return Prediction(
             rank=size.rank,
             micro_batch_size=size.micro_batch_size,
@@ -185,6 +183,9 @@ class StepProfile:
             phase=self.words[phases[top]],
             operation=self.words[operations[top]],
         )
+
+    def _changes(self, sizes: Ints) -> list[tuple[int, int]]:
+        return list(zip(self.storages.tolist(), sizes.tolist(), strict=True))
 
 
 def profile_from(low: Trace, high: Trace, device_type: str) -> StepProfile:

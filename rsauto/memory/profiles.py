@@ -86,10 +86,12 @@ class Profiles:
             self._write_predictions(kind)
         return found[size]
 
-    def predict_at_least(self, kind: StepKind, size: StepSize) -> Prediction:
-        """`predict`, without what the allocator reserves beyond what is in use; much faster."""
+    def fits(self, kind: StepKind, size: StepSize, limit_bytes: int) -> bool:
+        """Whether `predict` would have to reserve no more than the limit; much faster."""
         known = self._predictions.get(kind, {}).get(size)
-        return known or self.of(kind, size).predict(size, kind.device_type, at_least=True)
+        if known is not None:
+            return known.reserved_bytes <= limit_bytes
+        return self.of(kind, size).fits(size, kind.device_type, limit_bytes)
 
     def of(self, kind: StepKind, size: StepSize) -> StepProfile | EstimatedProfile:
         """A profile that covers `size`, traced at its lengths if there is none yet."""
