@@ -178,7 +178,7 @@ def profile_at(kind: StepKind, first: StepSize = SIZE) -> StepProfile:
             [(128, 9, 33, 8)],
         ),
         (SMALL_LLAMA, {"attn_implementation": "eager"}, [(3, 7, 21, 55)]),
-        (GPT2, {"accumulate": True}, [(1, 4, 40, 40), (128, 2, 64, 1)]),
+        (GPT2, {"accumulate": True}, [(1, 4, 40, 40), (128, 2, 64, 2)]),
         (QWEN2, {"device_type": "cuda", "optimizer": "sgd"}, [(128, 5, 40, 40)]),
     ],
 )
@@ -330,13 +330,21 @@ def test_largest_micro_batch_is_the_largest_that_fits(planner: MemoryPlanner) ->
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_largest_rank_fits_and_the_next_does_not(device_type: str) -> None:
     planner = planner_of(SMALL_LLAMA, LENGTH, device_type=device_type)
+
+    def needs(prediction: Prediction | None) -> int:
+        assert prediction is not None
+        return planner.needed_bytes(prediction)
+
     for micro_batch_size in ("auto", 4):
         settings: dict[str, Any] = {"batch_size": 4, "micro_batch_size": micro_batch_size}
         for budget in (planner.outside_bytes + 2 * 2**20, planner.outside_bytes + 9 * 10**6):
             limit = {"memory_budget_bytes": budget, **settings}
             rank = planner.largest_rank(**limit)
-            assert rank == 0 or planner.largest_micro_batch(rank, **limit)
+            assert rank == 0 or needs(planner.largest_micro_batch(rank, **limit)) <= budget
             assert planner.largest_micro_batch(rank + 1, **limit) is None
+            assert (
+                micro_batch_size == "auto" or needs(planner.predict(rank + 1, **settings)) > budget
+            )
     assert planner.largest_rank(memory_budget_bytes=1000, batch_size=4) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsauto.memory.caching import reserved_bytes
+from rsauto.memory.allocator import reserved_bytes
 from rsauto.memory.measure import PeakMeter
 
 CPU = torch.device("cpu")

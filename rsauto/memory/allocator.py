@@ -140,13 +140,18 @@ def runs_within(changes: Changes, limit_bytes: int) -> bool:
     return True
 
 
+def tolerance_bytes(limit_bytes: int) -> int:
+    """How far above the least that works `smallest_limit_bytes` may be."""
+    return max(LARGE_GRANULE, limit_bytes // 512)
+
+
 def smallest_limit_bytes(changes: Changes, peak_bytes: int) -> int:
     """The least that the allocator may reserve without running out of memory, to 0.2 %.
 
     `peak_bytes` is the most in use at a time, below which there is no need to look.
     """
     works, fails = reserved_bytes(changes), peak_bytes - 1
-    while works - fails > max(LARGE_GRANULE, works // 512):
+    while works - fails > tolerance_bytes(works):
         middle = (works + fails) // 2
         try:
             works = min(middle, reserved_bytes(changes, middle))

@@ -6,6 +6,7 @@ Torch is not needed for what was traced before.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -105,7 +106,9 @@ class MemoryPlanner:
         clip: bool = True,
     ) -> bool:
         """Whether `predict` needs no more than the budget; much faster where that is all."""
-        limit = int((memory_budget_bytes - self.outside_bytes) / (1 + self.allowance))
+        # The most that may be reserved, so that `needed_bytes` of it is within the budget.
+        free = memory_budget_bytes - self.outside_bytes
+        limit = math.ceil((free + 1) / (1 + self.allowance)) - 1
         steps = self._steps(
             rank,
             batch_size=batch_size,

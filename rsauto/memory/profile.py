@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rsauto.memory.allocator import runs_within, smallest_limit_bytes
+from rsauto.memory.allocator import runs_within, smallest_limit_bytes, tolerance_bytes
 from rsauto.memory.kinds import Prediction, StepSize
 
 GRANULE_BYTES = {"cpu": 64, "cuda": 512}
@@ -155,11 +155,19 @@ class StepProfile:
         return 4.0 * self.frozen_linear_weights + 6.0 * (trainable[0] + trainable[1] * rank)
 
     def fits(self, size: StepSize, device_type: str, limit_bytes: int) -> bool:
-        """Whether the allocator gets through the step without reserving more than the limit."""
+        """Whether `predict` would have no more reserved than the limit; much faster."""
         sizes = self.sizes(size, GRANULE_BYTES[device_type])
-        if int(sizes.cumsum().max()) > limit_bytes:
+        peak = int(sizes.cumsum().max())
+        if device_type == "cpu" or peak > limit_bytes:
+            return peak <= limit_bytes
+        changes = self._changes(sizes)
+        if not runs_within(changes, limit_bytes):
             return False
-        return device_type == "cpu" or runs_within(self._changes(sizes), limit_bytes)
+        # Near the limit the answer must be that of `predict`, which is found to a tolerance.
+        return (
+            runs_within(changes, limit_bytes - tolerance_bytes(limit_bytes))
+            or smallest_limit_bytes(changes, peak) <= limit_bytes
+        )
 
     def predict(self, size: StepSize, device_type: str) -> Prediction:
         """The peak at `size`, what it consists of, and what the allocator must reserve for it."""
