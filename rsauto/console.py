@@ -238,12 +238,14 @@ def plan_table(setup: Setup) -> Table:
         table.add_row(
             str(rank),
             count_text(shown.num_trainable_params),
-            bytes_text(shown.peak_bytes),
+            f"{'about ' if shown.estimated else ''}{bytes_text(shown.peak_bytes)}",
             bytes_text(setup.planner.needed_bytes(shown)),
             str(shown.micro_batch_size),
             "yes" if prediction else "no",
             style=None if prediction else "dim",
         )
+    if shown.estimate_reason:
+        table.caption = f"estimated, as a step cannot be traced: {shown.estimate_reason}"
     return table
 
 

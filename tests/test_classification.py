@@ -31,6 +31,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
+    T5ForSequenceClassification,
 )
 
 from rsauto.adapters.head import head_module_names, initialise_head
@@ -40,9 +41,10 @@ from rsauto.base import load_weights, open_base, prepare, with_labels
 from rsauto.config import ModelConfig
 from rsauto.data import Example, collate
 from rsauto.embedded import MODEL_DIR
+from rsauto.errors import InputError
 from rsauto.records import StepPoint, TrialSpec
 from rsauto.training.evaluate import ClassTally, evaluate
-from rsauto.training.trial import Bench, Trial
+from rsauto.training.trial import Bench, Trial, untouched
 
 CPU = torch.device("cpu")
 VOCABULARY = 64
@@ -341,6 +343,17 @@ def test_a_step_that_depends_on_the_data_is_estimated() -> None:
     found = planner.predict(4, batch_size=2, micro_batch_size=2)
     assert "DynamicOutputShape" in found.estimate_reason
     assert sum(found.breakdown.values()) == found.peak_bytes < found.reserved_bytes
+
+
+def test_a_model_that_refuses_the_data_is_told_in_words() -> None:
+    """T5 classifies by the end-of-text token, which these rows do not have."""
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, num_labels=3,
+        decoder_start_token_id=0, eos_token_id=VOCABULARY - 1,
+    )  # fmt: skip
+    model = T5ForSequenceClassification(config)
+    with pytest.raises(InputError, match=r"T5ForSequenceClassification cannot run .* <eos> token"):
+        untouched(bench_of(model), 4)
 
 
 def test_a_head_saved_from_a_bfloat16_base_reloads_but_for_rounding(tmp_path: Path) -> None:

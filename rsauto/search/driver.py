@@ -50,8 +50,8 @@ from rsauto.search.setup import Objects, Setup, probes, set_up, with_allowance
 from rsauto.search.write_up import infeasible_record, trial_card, trial_record
 from rsauto.stop import StopFlag
 from rsauto.training.evaluate import Evaluation
-from rsauto.training.loop import Diverged, evaluate_all
-from rsauto.training.trial import Bench, OutOfMemory, Trial
+from rsauto.training.loop import Diverged
+from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
 
 KEPT_ADAPTERS = 6
 """Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
@@ -323,15 +323,11 @@ class StudyRun:
             prediction = self.setup.predict(spec)
             torch.manual_seed(self.config.training.seed)
             initialise_head(bench.model, bench.fresh_parameters)
-            result = evaluate_all(
-                bench.model,
-                bench.data,
-                batch_size=prediction.micro_batch_size if prediction else 1,
-                device=bench.device,
-            )
-            untouched = {"forgetting": 0.0} if bench.data.general else {}
+            size = prediction.micro_batch_size if prediction else 1
+            result = untouched(bench, size)
+            general = {"forgetting": 0.0} if bench.data.general else {}
             self.environment["baseline"] = asdict(
-                replace(result, metrics={**result.metrics, **untouched})
+                replace(result, metrics={**result.metrics, **general})
             )
         self.environment.update(
             describe_environment(bench.device),

@@ -24,10 +24,12 @@ from rsauto.adapters.head import initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
 from rsauto.data import TokenisedData
+from rsauto.errors import InputError
 from rsauto.memory.measure import PeakMeter
 from rsauto.records import EvalPoint, StepPoint, TrialSpec
+from rsauto.training.evaluate import Evaluation
 from rsauto.training.flops import training_flops
-from rsauto.training.loop import train
+from rsauto.training.loop import evaluate_all, train
 
 
 class OutOfMemory(MemoryError):
@@ -148,6 +150,17 @@ class Trial:
         self._adapted = add_adapter(self.bench.model, self.spec)
         self._adapted.to(self.bench.device)
         return self._adapted
+
+
+def untouched(bench: Bench, batch_size: int) -> Evaluation:
+    """The base model as it is, evaluated. Raises InputError where it refuses the data."""
+    try:
+        return evaluate_all(bench.model, bench.data, batch_size=batch_size, device=bench.device)
+    except ValueError as error:
+        raise InputError(
+            f"model.name: {type(bench.model).__name__} cannot run on the data as they are "
+            f"tokenised: {error} Choose another architecture, or a tokenizer that suits it."
+        ) from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
