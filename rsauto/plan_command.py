@@ -90,8 +90,8 @@ class Request:
             asked[name] is not None for name in ("trials", "steps", "price_per_hour")
         )
         if config is not None and (asks_cost or config.training.steps is not None):
-            asked["trials"] = asked["trials"] or config.search.trials
-            asked["steps"] = asked["steps"] or config.training.steps
+            own = {"trials": config.search.trials, "steps": config.training.steps}
+            asked |= {name: n for name, n in own.items() if asked[name] is None}
         questions = Questions(flops_per_second=rate, **asked)
         if questions.fit is not None and settings.get("memory_budget") is None:
             raise InputError(

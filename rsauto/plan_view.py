@@ -158,6 +158,11 @@ def budget_answer(plan: Plan) -> str:
     return f"No rank fits {budget}."
 
 
+def _beside(plan: Plan) -> str:
+    outside = plan.planner.outside_bytes
+    return f", and CUDA keeps {bytes_text(outside)} for itself" if outside else ""
+
+
 def fit_answer(plan: Plan, rank: int, change: Change | None) -> str:
     """What makes a rank fit that does not, or that nothing tried does."""
     row = plan.at(rank)
@@ -168,7 +173,7 @@ def fit_answer(plan: Plan, rank: int, change: Change | None) -> str:
     if plan.planner.outside_bytes + trained > (plan.memory_budget_bytes or 0):
         return (
             f"{begin} No change makes it fit: the adapter and the optimizer's states alone need "
-            f"{bytes_text(trained)}."
+            f"{bytes_text(trained)}{_beside(plan)}."
         )
     if change is None:
         tried = ", ".join(_tried(plan.planner.kind))
@@ -183,7 +188,7 @@ def cost_answer(
     """What a study over these ranks would take."""
     words = (
         f"A study of {cost.trials} trials of {steps} steps trains on at most "
-        f"{count_text(cost.tokens)} tokens with {count_text(cost.flops)} FLOPs"
+        f"{count_text(cost.tokens)} tokens with about {count_text(cost.flops)} FLOPs"
     )
     if cost.seconds is not None:
         assert flops_per_second is not None

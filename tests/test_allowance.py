@@ -39,6 +39,7 @@ def needing(record_of: Callable[..., TrialRecord]) -> Callable[..., TrialRecord]
             predicted_peak_bytes=100 * MIB,
             predicted_reserved_bytes=110 * MIB,
             measured_peak_bytes=None if measured is None else int(measured * MIB),
+            memory_budget_bytes=1000 * MIB,
         )
 
     return make
@@ -46,12 +47,12 @@ def needing(record_of: Callable[..., TrialRecord]) -> Callable[..., TrialRecord]
 
 def test_predictions_that_held_change_nothing(needing: Callable[..., TrialRecord]) -> None:
     records = [needing(99.5), needing(None), needing(101.9), needing(None, "infeasible")]
-    assert allowance_after(records, 2**30, 0) == Allowance(ALLOWANCE)
+    assert allowance_after(records, 0) == Allowance(ALLOWANCE)
 
 
 def test_the_largest_excess_decides(needing: Callable[..., TrialRecord]) -> None:
     records = [needing(105, number=3), needing(112.34, number=4), needing(103)]
-    found = allowance_after(records, 2**30, 0)
+    found = allowance_after(records, 0)
     assert found.share == 0.124
     assert found.reason == "trial 4 needed 12.3% more than predicted"
 
@@ -59,7 +60,7 @@ def test_the_largest_excess_decides(needing: Callable[..., TrialRecord]) -> None
 def test_what_ran_out_of_memory_no_longer_fits(needing: Callable[..., TrialRecord]) -> None:
     """With CUDA's 500 MiB outside of the allocator, 500 MiB are left for 110 MiB reserved."""
     record = needing(None, "oom", number=7)
-    found = allowance_after([record, needing(130)], 1000 * MIB, 500 * MIB)
+    found = allowance_after([record, needing(130)], 500 * MIB)
     assert found.reason == "trial 7 ran out of memory"
     assert 110 * (1 + found.share) > 500 > 110 * (1 + found.share - 0.002)
 

@@ -106,7 +106,7 @@ def test_adalora_grows_with_the_square_of_the_rank() -> None:
 def test_batches_and_lengths(changes: dict[str, Any]) -> None:
     """Attention by matrices and masks grow with the square of the length."""
     kind = llama_7b(2, **changes)
-    first = StepSize(8, 8, 512, 256)
+    first = StepSize(8, 8, 2048, 4096)
     profile = profile_of(kind, first, next(second_sizes(first, "cuda")))
-    require_equal(profile, kind, StepSize(64, 3, 2048, 1024))
-    require_equal(profile, kind, StepSize(512, 5, 128, 4096))
+    require_equal(profile, kind, StepSize(64, 3, 1024, 2048))
+    require_equal(profile, kind, StepSize(512, 5, 512, 4096))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from planning import kind_of
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, MistralConfig, T5Config
 
 from rsauto.errors import InputError
 from rsauto.memory import profiles as module
@@ -20,7 +22,10 @@ from rsauto.memory.profiles import Profiles
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
 )
-WINDOWED = LlamaConfig(**{**CONFIG.to_dict(), "sliding_window": 30})
+WINDOWED = MistralConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, sliding_window=30,
+)  # fmt: skip
 T5 = T5Config(
     vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_labels=3,
     decoder_start_token_id=0,
@@ -66,13 +71,17 @@ def test_what_changes_bytes_is_another_entry(
     assert len(traces) == 8
 
 
-def test_a_window_divides_lengths(traces: list[StepKind]) -> None:
-    profiles, kind = Profiles(), kind_of(WINDOWED)
-    profiles.predict(kind, SIZE)
-    profiles.predict(kind, SIZE._replace(train_length=29))
-    assert len(traces) == 2
-    profiles.predict(kind, SIZE._replace(train_length=64))
-    assert len(traces) > 2
+@pytest.mark.parametrize("lengths", [(64, 20, 31), (20, 64, 31), (31, 20, 64)])
+def test_a_profile_is_not_used_across_a_window(lengths: tuple[int, ...]) -> None:
+    """Of 30 tokens; what is asked first must not matter."""
+    profiles, kind = Profiles(), kind_of(WINDOWED, padded=False)
+    for length in lengths:
+        size = StepSize(12, 1, length, length)
+        in_use = itertools.accumulate(
+            math.copysign(-(-abs(event.nbytes) // 64) * 64, event.nbytes)
+            for event in trace.trace_step(kind, size).events
+        )
+        assert profiles.predict(kind, size).peak_bytes == max(in_use)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "junk"])

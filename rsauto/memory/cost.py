@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 from rsauto.errors import InputError
 
 if TYPE_CHECKING:
+    from rsauto.memory.kinds import Prediction
     from rsauto.memory.plan import Plan
-
-RECOMPUTED = 4 / 3
-"""Gradient checkpointing runs the forward pass twice: 6 instead of 4 operations a frozen weight,
-of which the closed form counts 4, and about as much for the adapter."""
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
@@ -26,6 +23,7 @@ class StudyCost:
     tokens: int
     """Trained on, were every sequence as long as the longest; evaluation comes on top."""
     flops: float
+    """Of forward and backward over these tokens; attention's own products are left out."""
     seconds: float | None
     """At the stated rate."""
     price: float | None
@@ -48,10 +46,9 @@ def study_cost(
         raise InputError("price_per_hour: give flops_per_second as well, such as 150T.")
     rows = [row for row in plan.ranks if row.fits is not False] or list(plan.ranks)
     tokens = trials * steps * plan.batch_size * plan.max_length
-    per_token = sum(row.prediction.flops_per_token for row in rows) / len(rows)
-    flops = tokens * per_token
-    if plan.planner.kind.gradient_checkpointing:
-        flops *= RECOMPUTED
+    checkpointed = plan.planner.kind.gradient_checkpointing
+    per_token = [_flops_per_token(row.prediction, checkpointed) for row in rows]
+    flops = tokens * sum(per_token) / len(rows)
     seconds = None if flops_per_second is None else flops / flops_per_second
     return StudyCost(
         trials=trials,
@@ -64,6 +61,13 @@ def study_cost(
     )
 
 
+def _flops_per_token(prediction: Prediction, gradient_checkpointing: bool) -> float:
+    """4 F + 6 T for F frozen and T trained weights; recomputing the forward pass adds 2 F + 2 T."""
+    flops, trained = prediction.flops_per_token, prediction.num_trainable_params
+    frozen = (flops - 6 * trained) / 4
+    return flops + (2 * frozen + 2 * trained if gradient_checkpointing else 0.0)
+
+
 def parse_rate(text: str) -> float:
     """Operations a second from '150T', '150 TFLOPS' or '1.5e14'. Raises InputError."""
     match = re.fullmatch(
@@ -73,7 +77,7 @@ def parse_rate(text: str) -> float:
         rate = float(match[1]) * _PREFIXES[match[2].lower()] if match else 0.0
     except ValueError:
         rate = 0.0
-    if not rate > 0:
+    if not 0 < rate < 1e21:
         raise InputError(
             f"flops_per_second: {text!r} is no rate. Give what the GPU reaches in training, such "
             "as 150T; about 40 % of the peak in its data sheet."

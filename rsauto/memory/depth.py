@@ -84,9 +84,11 @@ def _print_of(layer: nn.Module) -> tuple[Any, ...]:
         (name, key, value)
         for name, module in layer.named_modules()
         for key, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str, type(None))) and not _is_number_of(key)
+        if isinstance(value, (bool, int, float, str, type(None), list, tuple))
+        and not _is_number_of(key)
     )
-    shapes = tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
     return re.sub(r"layer_idx=\d+", "", repr(layer)), settings, shapes
 
 

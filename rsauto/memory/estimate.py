@@ -119,6 +119,17 @@ class EstimatedProfile:
     frozen_linear_weights: int
     trainable_linear_weights: tuple[float, float]
     """(without rank, for each rank)."""
+    size: StepSize | None = None
+    """The one that failed; None where none can be traced."""
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether other sizes would fail as well, so that it may be kept."""
+        return self.size is None
+
+    def covers(self, size: StepSize) -> bool:
+        """Whether a step of `size` cannot be traced either."""
+        return self.size is None or size[1:] == self.size[1:]
 
     def fits(self, size: StepSize, device_type: str, limit_bytes: int) -> bool:
         """Whether the estimate and its allowance stay below the limit."""

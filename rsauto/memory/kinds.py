@@ -116,19 +116,27 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
+_SWITCHES = ("gradient_checkpointing", "use_reentrant", "clip", "padded", "has_token_types")
+
+
 def require_known(kind: StepKind) -> None:
     """Raises InputError with every setting of ``kind`` that has a value it cannot have."""
     problems = []
     for name, allowed in _ALLOWED.items():
         value = getattr(kind, name)
-        if value not in allowed:
+        if value not in allowed or isinstance(value, (bool, float)):
             words = [str(word) for word in allowed if word is not None]
             field = name.removesuffix("_type")
             problems.append(
                 f"{field}: {value!r} is not known.{nearest(str(value), words)} "
                 f"Choose one of {', '.join(words)}."
             )
-    if not 0 <= kind.lora_dropout < 1:
-        problems.append(f"lora_dropout: {kind.lora_dropout} is not at least 0 and below 1.")
+    dropout = kind.lora_dropout
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        problems.append(f"lora_dropout: {dropout!r} is not a number of at least 0 and below 1.")
+    for name in _SWITCHES:
+        value = getattr(kind, name)
+        if not isinstance(value, bool) and not (name == "use_reentrant" and value is None):
+            problems.append(f"{name}: {value!r} is neither true nor false.")
     if problems:
         raise InputError(problems)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from rsauto.config import TaskType
 from rsauto.devices import Budget, Device, context_bytes, parse_budget, workspace_bytes
@@ -30,10 +30,16 @@ from rsauto.memory.kinds import (
 )
 from rsauto.memory.planner import MemoryPlanner, MicroBatch
 from rsauto.memory.profiles import Profiles
-from rsauto.memory.shape import ModelShape, model_shape
+from rsauto.memory.shape import model_shape
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LARGEST = 2**20
+"""Of ranks, lengths and batches."""
+
+MOST_TOKENS = 2**27
+"""At once."""
 
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Planned unless others are asked for."""
@@ -112,15 +118,23 @@ class Plan:
         from rsauto.memory.tables import feasible_frame
 
         kind = self.planner.kind
-        own_micro = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
-        combinations = itertools.product(
-            quant_bits or [kind.quant_bits],
-            gradient_checkpointing or [kind.gradient_checkpointing],
-            max_lengths or [self.max_length],
-            micro_batch_sizes or [own_micro],
-            ranks or [row.rank for row in self.ranks],
+
+        def given(values: Iterable[Any] | None, own: Any) -> list[Any]:
+            return [own] if values is None else list(values)
+
+        lengths = given(max_lengths, self.max_length)
+        bits, checkpointing = (
+            given(quant_bits, kind.quant_bits),
+            given(gradient_checkpointing, kind.gradient_checkpointing),
         )
-        return feasible_frame(self, combinations)
+        for value in bits:
+            require_known(replace(kind, quant_bits=value))
+        _require_positive(**{f"max_lengths[{i}]": n for i, n in enumerate(lengths)})
+        asked = [row.rank for row in self.ranks] if ranks is None else _checked_ranks(list(ranks))
+        sizes = given(micro_batch_sizes, self.micro_batch_size)
+        for size in sizes:
+            _require_micro_batch(size, self.batch_size)
+        return feasible_frame(self, itertools.product(bits, checkpointing, lengths, sizes, asked))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a rank, indexed by it; bytes, and the breakdown of the peak."""
@@ -166,7 +180,7 @@ def plan(
     padded: bool = True,
     clip: bool = True,
     task: TaskType = "CAUSAL_LM",
-    num_labels: int = 2,
+    num_labels: int | None = None,
     revision: str | None = None,
     device: DeviceType = "cuda",
     profiles: Profiles | None = None,
@@ -184,20 +198,19 @@ def plan(
     Raises InputError for what is wrong or cannot be built.
     """
     chosen_ranks = _checked_ranks(ranks)
-    _require_positive(batch_size=batch_size, max_length=max_length, num_labels=num_labels)
+    _require_positive(batch_size=batch_size, max_length=max_length)
+    if num_labels is not None:
+        _require_positive(num_labels=num_labels)
     micro = batch_size if micro_batch_size is None else micro_batch_size
-    if micro != "auto" and (micro < 1 or batch_size % micro):
-        raise InputError(
-            f"micro_batch_size: {micro} does not divide batch_size {batch_size}. Give a divisor of "
-            "it, or auto."
-        )
+    _require_micro_batch(micro, batch_size)
+    _require_device_size(batch_size if micro == "auto" else micro, max_length, eval_length)
     shape = model_shape(model, task=task, num_labels=num_labels, revision=revision)
     budget = None if memory_budget is None else resolve_budget(memory_budget)
     kind = StepKind(
         model_config=shape.config_json,
         task=task,
         method=method,
-        target_modules=target_modules,
+        target_modules=_checked_targets(target_modules),
         lora_dropout=lora_dropout,
         optimizer=optimizer,
         dtype=shape.dtype if dtype == "auto" else dtype,
@@ -212,7 +225,6 @@ def plan(
         device_type=device,
     )
     require_known(kind)
-    _require_positions(shape, max_length)
     planner = MemoryPlanner(
         kind,
         train_lengths=(max_length,),
@@ -260,19 +272,13 @@ def _planned(
 
 def _row(plan: Plan, rank: int) -> PlannedRank:
     """At the largest micro-batch that fits, or the smallest allowed where none does."""
-    planner, micro, budget = plan.planner, plan.micro_batch_size, plan.memory_budget_bytes
-    found = None
-    if micro == "auto" and budget is not None:
-        found = planner.largest_micro_batch(
-            rank, memory_budget_bytes=budget, batch_size=plan.batch_size
-        )
-    if found is None:
-        smallest = 1 if budget is not None else plan.batch_size
-        found = planner.predict(
-            rank,
-            batch_size=plan.batch_size,
-            micro_batch_size=smallest if micro == "auto" else micro,
-        )
+    planner, budget = plan.planner, plan.memory_budget_bytes
+    found = planner.largest_or_smallest(
+        rank,
+        memory_budget_bytes=budget,
+        batch_size=plan.batch_size,
+        micro_batch_size=plan.micro_batch_size,
+    )
     needed = planner.needed_bytes(found)
     return PlannedRank(
         rank=rank,
@@ -283,7 +289,7 @@ def _row(plan: Plan, rank: int) -> PlannedRank:
 
 
 def resolve_budget(memory_budget: int | str) -> Budget:
-    """A size, a GPU's name, or 'auto': the memory of this machine's GPU that is free now.
+    """A size, a GPU's name, or 'auto': the whole memory of this machine's GPU.
 
     Raises InputError for anything else, and for 'auto' where there is no GPU.
     """
@@ -296,10 +302,9 @@ def resolve_budget(memory_budget: int | str) -> Budget:
             "memory_budget: auto asks the GPU of this machine, and it has none that PyTorch can "
             "use. Give a size such as 24GiB, or a GPU such as rtx4090."
         )
-    free, _ = torch.cuda.mem_get_info()
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     device = Device(found.name, found.total_memory, (found.major, found.minor), "this machine")
-    return Budget(free, device, f"{found.name}, free now")
+    return Budget(found.total_memory, device, found.name)
 
 
 def outside_bytes(device_type: str, budget: Budget | None) -> int:
@@ -310,29 +315,64 @@ def outside_bytes(device_type: str, budget: Budget | None) -> int:
     return context_bytes(device) + workspace_bytes(device)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
+
+
 def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    if not ranks or not all(isinstance(rank, int) and 1 <= rank <= 2**20 for rank in ranks):
+    if not isinstance(ranks, Iterable) or not ranks or not all(map(_is_whole, ranks)):
         raise InputError(
-            f"ranks: {list(ranks)}. Give whole numbers of at least 1, such as 8, 64 and 256."
+            f"ranks: {ranks!r}. Give a list of whole numbers from 1 to {LARGEST}, such as "
+            "[8, 64, 256]."
         )
     return tuple(sorted(set(ranks)))
 
 
-def _require_positive(**numbers: int) -> None:
+def _require_positive(**numbers: object) -> None:
     problems = [
-        f"{name}: {number!r} is not a whole number from 1 to {2**20}."
+        f"{name}: {number!r} is not a whole number from 1 to {LARGEST}."
         for name, number in numbers.items()
-        if not isinstance(number, int) or not 1 <= number <= 2**20
+        if not _is_whole(number)
     ]
     if problems:
         raise InputError(problems)
 
 
-def _require_positions(shape: ModelShape, max_length: int) -> None:
-    if shape.num_positions is not None and max_length > shape.num_positions:
+def _checked_targets(targets: Targets) -> Targets:
+    if isinstance(targets, str):
+        return targets
+    names = tuple(targets)
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise InputError(
-            f"max_length: {max_length}, but {shape.name} has positions for "
-            f"{shape.num_positions} tokens. Give at most that."
+            f"target_modules: {targets!r}. Give all-linear, attention, or names of layers such as "
+            "q_proj."
+        )
+    return names
+
+
+def _require_micro_batch(size: object, batch_size: int) -> None:
+    if size != "auto" and (not _is_whole(size) or batch_size % size):
+        raise InputError(
+            f"micro_batch_size: {size!r} does not divide batch_size {batch_size}. Give a divisor "
+            "of it, or auto."
+        )
+
+
+def _require_device_size(num_sequences: int, max_length: int, eval_length: object) -> None:
+    """Beyond this no device reaches, and sizes in bytes would soon not fit a number."""
+    longest = max_length
+    if eval_length is not None:
+        if eval_length != 0 and not _is_whole(eval_length):
+            raise InputError(
+                f"eval_length: {eval_length!r} is not a whole number of tokens from 1 to "
+                f"{LARGEST}, nor 0 for no evaluation."
+            )
+        longest = max(max_length, eval_length)
+    if num_sequences * longest > MOST_TOKENS:
+        raise InputError(
+            f"max_length: {num_sequences} sequences of {longest} tokens at once are more than "
+            f"{MOST_TOKENS}, and than any device holds. Give a smaller micro_batch_size or "
+            "max_length."
         )
 
 

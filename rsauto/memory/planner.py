@@ -54,12 +54,18 @@ class MemoryPlanner:
         self.outside_bytes = outside_bytes
 
     def changed(self, kind: StepKind, length: int | None = None) -> MemoryPlanner:
-        """A planner of another kind of step, with sequences of at most `length` tokens."""
-        limit = self._lengths[0] if length is None else length
+        """A planner of another kind of step, whose longest sequences have `length` tokens.
+
+        Evaluation has sequences as long where it had, or else none that are longer than before.
+        """
+        longest = self._lengths[0]
+        evaluated = self._eval_length
+        if length is not None:
+            evaluated = length if evaluated == longest else min(evaluated, length)
         return MemoryPlanner(
             kind,
-            train_lengths=[min(n, limit) for n in self._lengths],
-            eval_length=min(self._eval_length, limit),
+            train_lengths=self._lengths if length in (None, longest) else [length],
+            eval_length=evaluated,
             profiles=self._profiles,
             allowance=self.allowance,
             outside_bytes=self.outside_bytes,
@@ -200,6 +206,31 @@ class MemoryPlanner:
 
         chosen = _largest_micro_batch(batch_size, micro_batch_size, fitting)
         return None if chosen is None else self.predict(rank, micro_batch_size=chosen, **asked)
+
+    def largest_or_smallest(
+        self,
+        rank: int,
+        *,
+        memory_budget_bytes: int | None,
+        batch_size: int,
+        micro_batch_size: MicroBatch,
+    ) -> Prediction:
+        """At the largest micro-batch that fits, or at the smallest allowed where none does.
+
+        Without a budget "auto" is the whole batch.
+        """
+        if micro_batch_size != "auto":
+            size = micro_batch_size
+        elif memory_budget_bytes is None:
+            size = batch_size
+        else:
+            found = self.largest_micro_batch(
+                rank, memory_budget_bytes=memory_budget_bytes, batch_size=batch_size
+            )
+            if found is not None:
+                return found
+            size = 1
+        return self.predict(rank, batch_size=batch_size, micro_batch_size=size)
 
     def largest_rank(
         self,

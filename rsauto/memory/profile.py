@@ -116,17 +116,30 @@ class StepProfile:
     trainable_linear_weights: tuple[float, float]
     """(without rank, for each rank)."""
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it may be kept from process to process."""
+        return True
+
     def covers(self, size: StepSize) -> bool:
         """Whether a step of `size` runs the same operations, as far as can be told without tracing.
 
-        A single sequence or token is handled differently from several, a number that is equal in
-        both traces may only have that value, and so may a length that kernels may pad.
+        A single sequence is handled differently from several, and lengths on two sides of a window
+        as well: only those between the traced ones are sure to run what was traced at both ends.
+        Nor do the traces tell of a length that kernels may pad, or of a number that was the same
+        in both.
         """
         alone = (size.micro_batch_size == 1) == (self.low.micro_batch_size == 1)
-        return alone and all(
-            wanted == low or (low != high and wanted >= least and wanted % step == 0)
-            for wanted, low, high, least, step in zip(
-                size, self.low, self.high, (1, 1, 2, 2), (1, 1, self.step, self.step), strict=True
+        batches = size.micro_batch_size == self.low.micro_batch_size or (
+            self.low.micro_batch_size != self.high.micro_batch_size
+        )
+        return (
+            alone
+            and batches
+            and all(
+                wanted == low
+                or (min(low, high) <= wanted <= max(low, high) and not wanted % self.step)
+                for wanted, low, high in zip(size[2:], self.low[2:], self.high[2:], strict=True)
             )
         )
 
@@ -236,12 +249,13 @@ def profile_from(low: Trace, high: Trace, device_type: str) -> StepProfile:
 def second_sizes(first: StepSize, device_type: str) -> Iterator[StepSize]:
     """Sizes to trace beside `first`, the most telling one first.
 
-    CUDA's kernels pad lengths, so there only lengths that need no padding tell of others that need
-    none. Should the operations differ, as on two sides of a window, lengths that hardly differ may
-    help, and at last the rank and the micro-batch alone.
+    What lies between the two is known then, so lengths go down to about a quarter. CUDA's kernels
+    pad lengths: there only those that need no padding tell of others that need none. Should the
+    operations differ, as on two sides of a window, lengths that hardly differ may help, and at last
+    the rank and the micro-batch alone.
     """
     step = PADDED_TO if device_type == "cuda" else 1
-    for train_share, eval_share in ((1 / 4, 1 / 8), (0.0, 0.0)):
+    for train_share, eval_share in ((3 / 4, 5 / 8), (0.0, 0.0)):
         train_lengths = _shorter(first.train_length, train_share, step)
         eval_lengths = _shorter(first.eval_length, eval_share, step)
         yield from itertools.islice(_telling(first, train_lengths, eval_lengths), 1)

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ LIBRARIES = ("torch", "transformers", "peft")
 TRACING_CODE = ("memory", "adapters", "training", "base.py", "architecture.py", "quantisation.py")
 
 KEPT_KINDS = 256
-"""Folders kept on disk, the ones used last."""
+"""Folders kept on disk, the ones written last."""
 
 PREDICTIONS, ESTIMATE = "predictions.json", "estimate.json"
 """Files in the folder of a kind; its traced profiles are beside them."""
@@ -82,7 +82,11 @@ class Profiles:
             self._predictions[kind] = self._read_predictions(kind)
         found = self._predictions[kind]
         if size not in found:
-            found[size] = self.of(kind, size).predict(size, kind.device_type)
+            profile = self.of(kind, size)
+            prediction = profile.predict(size, kind.device_type)
+            if not profile.is_lasting:
+                return prediction
+            found[size] = prediction
             self._write_predictions(kind)
         return found[size]
 
@@ -98,14 +102,13 @@ class Profiles:
         if kind not in self._known:
             self._known[kind] = list(self._read(kind))
         for profile in self._known[kind]:
-            if isinstance(profile, EstimatedProfile):
-                return profile
-            if profile.covers(size) and _same_side(kind, size, profile.low):
+            if profile.covers(size):
                 return profile
         self._on_trace(kind, size)
         profile = _make(kind, size._replace(rank=FIRST_RANK))
         self._known[kind].append(profile)
-        self._write(kind, profile)
+        if profile.is_lasting:
+            self._write(kind, profile)
         return profile
 
     def _read(self, kind: StepKind) -> Iterator[StepProfile | EstimatedProfile]:
@@ -153,31 +156,27 @@ class Profiles:
 def _make(kind: StepKind, first: StepSize) -> StepProfile | EstimatedProfile:
     """Traced at `first` and beside it; an estimate where a step cannot be followed."""
     # Only what is not known yet needs torch and transformers.
-    from rsauto.memory.trace import estimated_profile, trace_step
+    from rsauto.memory.trace import UNTRACEABLE, estimated_profile, require_positions, trace_step
 
+    require_positions(kind, first)
     try:
         low = trace_step(kind, first, may_cut=True)
         for second in second_sizes(first, kind.device_type):
             try:
-                return profile_from(low, trace_step(kind, second, may_cut=True), kind.device_type)
+                high = trace_step(kind, second, may_cut=True)
+                return profile_from(low, high, kind.device_type)
             except OtherOperationsError as error:
-                reason = str(error)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        # Steps that depend on values, such as a count of end-of-text tokens.
-        reason = f"{type(error).__name__}: {error}"
-    return estimated_profile(kind, reason.strip().split("\n")[0])
+                found: Exception = error
+    except UNTRACEABLE as error:
+        # Steps that depend on values, such as a count of end-of-text tokens, at every size.
+        return estimated_profile(kind, _reason(error))
+    except (RuntimeError, AttributeError) as error:
+        found = error
+    return replace(estimated_profile(kind, _reason(found)), size=first)
 
 
-def _same_side(kind: StepKind, size: StepSize, traced: StepSize) -> bool:
-    """Whether lengths are on the same side of every window or chunk that the model has."""
-    fields = json.loads(kind.model_config)
-    limits = [n for key, n in fields.items() if ("window" in key or "chunk" in key) and _is_int(n)]
-    pairs = ((size.train_length, traced.train_length), (size.eval_length, traced.eval_length))
-    return all((one > limit) == (other > limit) for limit in limits for one, other in pairs)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0]
 
 
 def _key(kind: StepKind) -> str:

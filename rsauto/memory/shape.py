@@ -32,15 +32,13 @@ class ModelShape:
     """That the weights were saved in."""
     quant_bits: Bits | None
     """Of a checkpoint that is quantised already."""
-    num_positions: int | None
-    """Tokens that a sequence may have; None where the configuration names no limit."""
 
 
 def model_shape(
     model: str | Path | Mapping[str, Any] | Any,
     *,
     task: TaskType,
-    num_labels: int = 2,
+    num_labels: int | None = None,
     revision: str | None = None,
 ) -> ModelShape:
     """The shape of a preset, folder, config.json, hub model, 'embedded', configuration or model.
@@ -48,18 +46,29 @@ def model_shape(
     Raises InputError where there is none of the name, or its configuration is broken.
     """
     name, fields = _fields(model, revision)
-    if task == "SEQ_CLS" and "id2label" not in fields:
-        fields = {**fields, "num_labels": num_labels}
-        fields.setdefault("pad_token_id", 0)
-        if fields["pad_token_id"] is None:
-            fields["pad_token_id"] = 0
+    if task == "SEQ_CLS":
+        fields = _with_labels(fields, num_labels)
+    try:
+        config_json = json.dumps(fields, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model: the configuration is not plain JSON ({error}).") from None
     return ModelShape(
         name=name,
-        config_json=json.dumps(fields, sort_keys=True),
+        config_json=config_json,
         dtype=_dtype(fields),
         quant_bits=_saved_bits(fields),
-        num_positions=_num_positions(fields),
     )
+
+
+def _with_labels(fields: Mapping[str, Any], num_labels: int | None) -> dict[str, Any]:
+    """With so many classes; None leaves those that the configuration names, else two."""
+    changed = dict(fields)
+    if num_labels is not None or "id2label" not in changed:
+        changed = {k: v for k, v in changed.items() if k not in ("id2label", "label2id")}
+        changed["num_labels"] = num_labels or 2
+    if changed.get("pad_token_id") is None:
+        changed["pad_token_id"] = 0
+    return changed
 
 
 def _fields(model: Any, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -69,12 +78,16 @@ def _fields(model: Any, revision: str | None) -> tuple[str, dict[str, Any]]:
     if not isinstance(model, (str, Path)):
         return _of_object(model)
     name = str(model)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # such as a name of 5000 characters
+        raise InputError(f"model: {name[:80]!r} is no path and no hub id ({error}).") from None
     if name == "embedded":
         from rsauto.embedded import MODEL_DIR
 
         return name, read_model_config(MODEL_DIR)
-    if path.exists():
+    if is_there:
         return name, read_model_config(path)
     if is_preset(name) and revision is None:
         return name, model_preset(name)
@@ -109,15 +122,13 @@ def _dtype(fields: Mapping[str, Any]) -> DtypeName:
 
 
 def _saved_bits(fields: Mapping[str, Any]) -> Bits | None:
-    if not fields.get("quantization_config"):
+    saved = fields.get("quantization_config")
+    if not saved:
         return None
+    if not isinstance(saved, Mapping):
+        raise InputError(f"model: its quantization_config is {saved!r}, which is no object.")
     from transformers import PretrainedConfig
 
     from rsauto.quantisation import saved_bits
 
     return saved_bits(PretrainedConfig.from_dict(dict(fields)))
-
-
-def _num_positions(fields: Mapping[str, Any]) -> int | None:
-    found = fields.get("n_positions", fields.get("max_position_embeddings"))
-    return found if isinstance(found, int) and found > 0 else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from rsauto.memory.kinds import Bits
+from rsauto.memory.planner import MicroBatch
 
 if TYPE_CHECKING:
     from rsauto.memory.plan import Plan
@@ -29,20 +30,25 @@ def plan_frame(plan: Plan) -> pd.DataFrame:
 
 
 def feasible_frame(
-    plan: Plan, combinations: Iterable[tuple[Bits | None, bool, int, int, int]]
+    plan: Plan, combinations: Iterable[tuple[Bits | None, bool, int, MicroBatch, int]]
 ) -> pd.DataFrame:
     """One row for every (quant_bits, gradient_checkpointing, max_length, micro-batch, rank)."""
     rows = []
     for bits, checkpointing, length, micro, rank in combinations:
         kind = replace(plan.planner.kind, quant_bits=bits, gradient_checkpointing=checkpointing)
         planner = plan.planner.changed(kind, length)
-        found = planner.predict(rank, batch_size=plan.batch_size, micro_batch_size=micro)
+        found = planner.largest_or_smallest(
+            rank,
+            memory_budget_bytes=plan.memory_budget_bytes,
+            batch_size=plan.batch_size,
+            micro_batch_size=micro,
+        )
         needed = planner.needed_bytes(found)
         budget = plan.memory_budget_bytes
         rows.append(
             {
                 "rank": rank,
-                "micro_batch_size": micro,
+                "micro_batch_size": found.micro_batch_size,
                 "max_length": length,
                 "gradient_checkpointing": checkpointing,
                 "quant_bits": bits,

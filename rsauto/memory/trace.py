@@ -20,13 +20,19 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rsauto.adapters.head import is_classifier
 from rsauto.adapters.lora import trainable_parameters
-from rsauto.architecture import architecture_of, attention_of, auto_class
+from rsauto.architecture import architecture_of, attention_of, auto_class, num_positions
 from rsauto.base import prepare
 from rsauto.errors import InputError
 from rsauto.memory.attention import attention_of_cuda, use_flash
@@ -41,6 +47,15 @@ from rsauto.memory.traced_optimizers import planned_optimizer
 from rsauto.training.flops import linear_weights
 from rsauto.training.loop import clip_gradients, gradient_norms
 from rsauto.training.loss import hits_of, summed_cross_entropy, token_mean
+
+UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+"""What a step raises that needs values, or an operation that fake tensors do not have."""
 
 Batch = dict[str, Tensor]
 """What the model takes, each (batch, length), and labels as in `rsauto.training.loss`."""
@@ -112,6 +127,17 @@ def _trace(model: PeftModel, kind: StepKind, size: StepSize) -> tuple[StorageEve
         )
 
 
+def require_positions(kind: StepKind, size: StepSize) -> None:
+    """Raises InputError for sequences longer than the model has positions for."""
+    limit = num_positions(architecture(kind)[0])
+    for name, length in (("max_length", size.train_length), ("eval_length", size.eval_length)):
+        if limit is not None and length > limit:
+            raise InputError(
+                f"{name}: {length}, but the model has positions for {limit} tokens. Give at most "
+                "that."
+            )
+
+
 def estimated_profile(kind: StepKind, reason: str) -> EstimatedProfile:
     """The closed form for a step that cannot be traced, from the shapes of the model alone.
 
@@ -165,11 +191,19 @@ def build_model(kind: StepKind, rank: int) -> PeftModel:
     config, model_class = architecture(kind)
     attention = attention_of(model_class, kind.attn_implementation, needs_package=False)
     flash = attention == "flash_attention_2"
-    model = auto_class(kind.task).from_config(
-        config,
-        dtype=getattr(torch, kind.dtype),
-        attn_implementation="sdpa" if flash else attention,
-    )
+    try:
+        model = auto_class(kind.task).from_config(
+            config,
+            dtype=getattr(torch, kind.dtype),
+            attn_implementation="sdpa" if flash else attention,
+        )
+    except Exception as error:
+        # Whatever a configuration has that no model was ever built with.
+        raise InputError(
+            f"model: transformers cannot build a {model_class.__name__} from this configuration "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check its "
+            "config.json."
+        ) from error
     if kind.quant_bits is not None:
         stand_in_for_linears(model, kind.quant_bits, kind.device_type)
     if flash:

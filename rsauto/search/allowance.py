@@ -18,28 +18,28 @@ class Allowance:
     """None for the one that every study starts with."""
 
 
-def allowance_after(
-    records: Iterable[TrialRecord], memory_budget_bytes: int, outside_bytes: int
-) -> Allowance:
+def allowance_after(records: Iterable[TrialRecord], outside_bytes: int) -> Allowance:
     """The smallest that would have kept each of these trials within its memory.
 
     A trial that needed more than predicted asks for the excess. One that ran out of memory would
-    not have been started with an allowance that fills the budget: whatever needs as much is not
-    tried again. `outside_bytes` is what CUDA keeps outside of the allocator.
+    not have been started with an allowance that fills the budget it ran under: whatever needs as
+    much is not tried again under that budget. `outside_bytes` is what CUDA keeps outside of the
+    allocator.
     """
     largest = Allowance()
     for record in records:
-        asked = _asked_by(record, memory_budget_bytes - outside_bytes)
+        asked = _asked_by(record, outside_bytes)
         if asked is not None and asked.share > largest.share:
             largest = asked
     return largest
 
 
-def _asked_by(record: TrialRecord, usable_bytes: int) -> Allowance | None:
+def _asked_by(record: TrialRecord, outside_bytes: int) -> Allowance | None:
     measured, predicted = record.measured_peak_bytes, record.predicted_peak_bytes
     reserved = record.predicted_reserved_bytes or predicted
-    if record.outcome == "oom" and reserved:
-        share = _rounded_up(usable_bytes / reserved - 1)
+    budget = record.memory_budget_bytes
+    if record.outcome == "oom" and reserved and budget:
+        share = _rounded_up((budget - outside_bytes) / reserved - 1)
         return Allowance(share, f"trial {record.number} ran out of memory")
     if record.outcome != "infeasible" and measured and predicted and measured > predicted:
         excess = measured / predicted - 1

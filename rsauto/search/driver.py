@@ -171,9 +171,7 @@ class StudyRun:
     def _raise_allowance(self) -> Iterator[Event]:
         """Learns from trials that needed more memory than predicted, those of earlier runs too."""
         found = allowance_after(
-            (record for _, record in self.ledger.settled()),
-            self.setup.memory_budget_bytes,
-            self.setup.planner.outside_bytes,
+            (record for _, record in self.ledger.settled()), self.setup.planner.outside_bytes
         )
         if found.share > self.allowance.share:
             self.allowance = found
