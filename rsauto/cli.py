@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rsauto.errors import InputError, RsautoError
+from rsauto.garbage import collection_paused
 from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -255,11 +256,12 @@ def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> 
     console.print("loading libraries ...", style="dim")
     stop = StopFlag()
     with _signals_set(stop):
-        _quieten_libraries()
-        from rsauto.console import print_verdict, watch
-        from rsauto.report.table import load_study
-        from rsauto.report.verdict import judge
-        from rsauto.search.driver import study_events
+        with collection_paused():
+            _quieten_libraries()
+            from rsauto.console import print_verdict, watch
+            from rsauto.report.table import load_study
+            from rsauto.report.verdict import judge
+            from rsauto.search.driver import study_events
 
         ended = watch(study_events(config, out, storage=storage, stop=stop), config, console)
     assert ended is not None
@@ -295,7 +297,8 @@ def _plan(request: PlanRequest, as_json: bool) -> None:
 
     def announce(kind: StepKind, size: StepSize) -> None:
         typer.echo(tracing_line(str(request.settings["model"]), kind, size), err=True)
-        _quieten_libraries()
+        with collection_paused():
+            _quieten_libraries()
 
     found = request.plan(announce)
     console = Console(stderr=as_json, soft_wrap=False)

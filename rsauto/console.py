@@ -23,15 +23,6 @@ from rsauto.data import lines as preflight_lines
 from rsauto.records import TrialRecord
 from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study
-from rsauto.report.units import (
-    bytes_text,
-    count_text,
-    method_text,
-    objective_text,
-    rate_text,
-    seconds_text,
-    value_text,
-)
 from rsauto.report.verdict import Verdict
 from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
@@ -46,6 +37,15 @@ from rsauto.search.events import (
     TrialStep,
 )
 from rsauto.search.setup import Setup, probes
+from rsauto.units import (
+    bytes_text,
+    count_text,
+    method_text,
+    objective_text,
+    rate_text,
+    seconds_text,
+    value_text,
+)
 
 
 def watch(events: Iterable[Event], config: StudyConfig, console: Console) -> StudyEnded | None:

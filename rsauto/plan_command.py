@@ -16,7 +16,7 @@ from rsauto.memory.plan import Plan, plan
 from rsauto.memory.plan_study import study_notes, study_settings
 from rsauto.memory.profiles import Profiles
 from rsauto.plan_view import budget_answer, cost_answer, fit_answer
-from rsauto.report.units import bytes_text
+from rsauto.units import bytes_text
 
 LARGEST_RANK = 2**20
 LARGEST_COUNT = 10**9

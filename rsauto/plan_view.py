@@ -15,7 +15,7 @@ from rsauto.memory.cost import StudyCost
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.plan import Plan, PlannedRank
 from rsauto.memory.plan_study import targets_text
-from rsauto.report.units import bytes_text, count_text, percent_text, seconds_text
+from rsauto.units import bytes_text, count_text, percent_text, seconds_text
 
 PARTS = {
     "weights": ("W", "weights"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from rsauto.records import SETTLED_OUTCOMES
 from rsauto.report.table import Study
-from rsauto.report.units import objective_text, value_text
 from rsauto.report.verdict import judge
+from rsauto.units import objective_text, value_text
 
 
 def status_values(study: Study) -> dict[str, Any]:

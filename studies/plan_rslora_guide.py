@@ -16,7 +16,7 @@ from rsauto import study_file
 from rsauto.config import StudyConfig
 from rsauto.memory.kinds import Bits
 from rsauto.memory.plan import Plan, plan
-from rsauto.report.units import bytes_text
+from rsauto.units import bytes_text
 
 STUDY = Path(__file__).parent / "rslora-guide.yaml"
 

@@ -148,7 +148,7 @@ def test_what_is_reserved_holds_what_is_in_use(changes: Changes) -> None:
     needed = smallest_limit_bytes(changes, peak)
     assert peak <= needed <= reserved_bytes(changes)
     assert runs(changes, needed)
-    # Found by halves, down to 2 MiB or 0.2 % of the answer.
+    # Found by halves, down to 2 MiB or 0.4 % of the answer.
     assert needed <= peak + 2 * MIB or not runs(changes, int(0.97 * needed) - 2 * MIB)
 
 

@@ -21,7 +21,7 @@ from rsauto.cli import app
 from rsauto.memory.plan_study import plan_study
 from rsauto.plan_command import parse_ranks
 from rsauto.plan_view import breakdown_bar, smallest_card
-from rsauto.report.units import bytes_text, count_text
+from rsauto.units import bytes_text, count_text
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -19,7 +19,7 @@ from rsauto.cli import app
 from rsauto.report.page import FIGURES, csv_bytes, write_report
 from rsauto.report.predictions import predictions_panel
 from rsauto.report.table import table
-from rsauto.report.units import (
+from rsauto.units import (
     bytes_text,
     count_text,
     difference_text,

@@ -142,11 +142,11 @@ def runs_within(changes: Changes, limit_bytes: int) -> bool:
 
 def tolerance_bytes(limit_bytes: int) -> int:
     """How far above the least that works `smallest_limit_bytes` may be."""
-    return max(LARGE_GRANULE, limit_bytes // 512)
+    return max(LARGE_GRANULE, limit_bytes // 256)
 
 
 def smallest_limit_bytes(changes: Changes, peak_bytes: int) -> int:
-    """The least that the allocator may reserve without running out of memory, to 0.2 %.
+    """The least that the allocator may reserve without running out of memory, to 0.4 %.
 
     `peak_bytes` is the most in use at a time, below which there is no need to look.
     """

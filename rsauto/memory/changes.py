@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rsauto.errors import InputError
 from rsauto.memory.kinds import Bits, Prediction, StepKind
 from rsauto.memory.planner import MemoryPlanner
-from rsauto.report.units import bytes_text
+from rsauto.units import bytes_text
 
 if TYPE_CHECKING:
     from rsauto.memory.plan import PlannedRank

@@ -24,6 +24,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from rsauto.atomic import write_bytes
+from rsauto.garbage import collection_paused
 from rsauto.memory.estimate import EstimatedProfile
 from rsauto.memory.kinds import Prediction, StepKind, StepSize
 from rsauto.memory.profile import OtherOperationsError, StepProfile, profile_from, second_sizes
@@ -156,7 +157,13 @@ class Profiles:
 def _make(kind: StepKind, first: StepSize) -> StepProfile | EstimatedProfile:
     """Traced at `first` and beside it; an estimate where a step cannot be followed."""
     # Only what is not known yet needs torch and transformers.
-    from rsauto.memory.trace import UNTRACEABLE, estimated_profile, require_positions, trace_step
+    with collection_paused():
+        from rsauto.memory.trace import (
+            UNTRACEABLE,
+            estimated_profile,
+            require_positions,
+            trace_step,
+        )
 
     require_positions(kind, first)
     try:

@@ -9,7 +9,6 @@ process where PyTorch has no CUDA; attention, whose kernels differ, is then repl
 from __future__ import annotations
 
 import copy
-import gc
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -35,6 +34,7 @@ from rsauto.adapters.lora import trainable_parameters
 from rsauto.architecture import architecture_of, attention_of, auto_class, num_positions
 from rsauto.base import prepare
 from rsauto.errors import InputError
+from rsauto.garbage import collection_paused
 from rsauto.memory.attention import attention_of_cuda, use_flash
 from rsauto.memory.depth import DEPTHS, NotRepeatedError, Stack, cut, deepened, repeated_layers
 from rsauto.memory.estimate import EstimatedProfile
@@ -113,7 +113,7 @@ def _trace_cut(
 def _trace(model: PeftModel, kind: StepKind, size: StepSize) -> tuple[StorageEvent, ...]:
     """The events of a step of a model on the meta device, whose tensors become fake ones."""
     with ExitStack() as stack:
-        stack.enter_context(_no_garbage_collection())
+        stack.enter_context(collection_paused())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if kind.device_type == "cuda":
             stack.enter_context(attention_of_cuda(kind.attn_implementation == "flash_attention_2"))
@@ -378,18 +378,6 @@ def _fake_like(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Storages in reference cycles would be freed at a random moment of the trace."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

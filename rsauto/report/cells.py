@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from rsauto.report.table import COLUMNS, PEFT_NAMES
-from rsauto.report.units import (
+from rsauto.report.verdict import Verdict
+from rsauto.units import (
     ABSENT,
     bytes_text,
     count_text,
@@ -21,7 +22,6 @@ from rsauto.report.units import (
     seconds_text,
     value_text,
 )
-from rsauto.report.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from rsauto.report.panel import (
 from rsauto.report.pareto import pareto
 from rsauto.report.predictions import predictions_panel
 from rsauto.report.table import cost_bytes, table
-from rsauto.report.units import (
+from rsauto.report.verdict import Verdict
+from rsauto.units import (
     byte_unit,
     bytes_text,
     method_text,
@@ -35,7 +36,6 @@ from rsauto.report.units import (
     rate_text,
     value_text,
 )
-from rsauto.report.verdict import Verdict
 
 _METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
 _RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)

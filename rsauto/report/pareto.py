@@ -12,7 +12,7 @@ from rsauto.devices import read_budget
 from rsauto.errors import InputError, nearest
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
-from rsauto.report.units import bytes_text
+from rsauto.units import bytes_text
 
 
 def pareto(

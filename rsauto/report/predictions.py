@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from rsauto.report.panel import BLUE, GREY, Layer, Panel
-from rsauto.report.units import byte_unit, bytes_text
+from rsauto.units import byte_unit, bytes_text
 
 PREDICTED, MEASURED = "predicted_peak_bytes", "measured_peak_bytes"
 

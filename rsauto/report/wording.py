@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsauto.records import TrialRecord
-from rsauto.report.units import (
+from rsauto.units import (
     bytes_text,
     difference_text,
     method_text,

@@ -42,9 +42,9 @@ from rsauto.memory.planner import MemoryPlanner
 from rsauto.memory.profiles import Profiles
 from rsauto.quantisation import saved_bits
 from rsauto.records import TrialSpec
-from rsauto.report.units import bytes_text
 from rsauto.search.space import Space
 from rsauto.training.evaluate import FORGETTING_METRICS, METRICS
+from rsauto.units import bytes_text
 
 
 @dataclass(frozen=True)

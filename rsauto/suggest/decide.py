@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rsauto.report.units import bytes_text, count_text
 from rsauto.suggest.look import MOST_TRAIN_ROWS, Seen
+from rsauto.units import bytes_text, count_text
 
 FEWEST_STEPS, MOST_STEPS = 60, 300
 """Of a trial: fewer compare learning rates while they warm up, more make the search long."""

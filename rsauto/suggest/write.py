@@ -12,11 +12,11 @@ import yaml
 
 from rsauto.atomic import write_text
 from rsauto.errors import BudgetError, InputError
-from rsauto.report.units import bytes_text
 from rsauto.search.setup import Setup, set_up
 from rsauto.study_file import validate
 from rsauto.suggest.decide import Setting, Suggestion, suggest
 from rsauto.suggest.look import Wishes, look
+from rsauto.units import bytes_text
 
 LINE_LENGTH = 100
 
