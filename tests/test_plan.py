@@ -189,3 +189,15 @@ def test_feasible_refuses_what_plan_refuses() -> None:
     ):
         with pytest.raises(InputError):
             found.feasible(**wrong)  # type: ignore[arg-type]
+
+
+def test_settings_of_the_kind_hold_where_a_trial_has_none_of_its_own() -> None:
+    """Clipping and the optimizer change what a step runs."""
+    for changes in ({"clip": False}, {"optimizer": "sgd"}, {"target_modules": ("q_proj",)}):
+        planner = planned(**changes).planner
+        kinds = [kind for kind, _ in planner._steps(8, batch_size=4, micro_batch_size=2)]
+        assert all(
+            getattr(kind, name) == value for kind in kinds for name, value in changes.items()
+        )
+    (kind, _), *_ = planned().planner._steps(8, batch_size=4, micro_batch_size=4, optimizer="sgd")
+    assert kind.optimizer == "sgd" and kind.clip

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 from rsauto.devices import context_bytes, workspace_bytes
 from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
@@ -19,6 +19,14 @@ MicroBatch = int | Literal["auto"]
 
 ALLOWANCE = 0.02
 """Share added before a prediction is compared to the budget: kernels' own scratch is not seen."""
+
+
+class TrialSettings(TypedDict, total=False):
+    """What a trial may change of the planner's kind of step."""
+
+    target_modules: Targets
+    optimizer: PlannedOptimizer
+    clip: bool
 
 
 class MemoryPlanner:
@@ -83,18 +91,14 @@ class MemoryPlanner:
         *,
         batch_size: int,
         micro_batch_size: int,
-        target_modules: Targets | None = None,
-        optimizer: PlannedOptimizer | None = None,
-        clip: bool = True,
+        **settings: Unpack[TrialSettings],
     ) -> Prediction:
         """Memory at `rank` with `batch_size` sequences a step, `micro_batch_size` at a time."""
         steps = self._steps(
             rank,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            target_modules=target_modules,
-            optimizer=optimizer,
-            clip=clip,
+            **settings,
         )
         found = [self._profiles.predict(kind, size) for kind, size in steps]
         highest = max(found, key=lambda prediction: prediction.peak_bytes)
@@ -107,9 +111,7 @@ class MemoryPlanner:
         memory_budget_bytes: int,
         batch_size: int,
         micro_batch_size: int,
-        target_modules: Targets | None = None,
-        optimizer: PlannedOptimizer | None = None,
-        clip: bool = True,
+        **settings: Unpack[TrialSettings],
     ) -> bool:
         """Whether `predict` needs no more than the budget; much faster where that is all."""
         # The most that may be reserved, so that `needed_bytes` of it is within the budget.
@@ -119,9 +121,7 @@ class MemoryPlanner:
             rank,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            target_modules=target_modules,
-            optimizer=optimizer,
-            clip=clip,
+            **settings,
         )
         return all(self._profiles.fits(kind, size, limit) for kind, size in steps)
 
@@ -131,9 +131,7 @@ class MemoryPlanner:
         *,
         batch_size: int,
         micro_batch_size: int,
-        target_modules: Targets | None,
-        optimizer: PlannedOptimizer | None,
-        clip: bool,
+        **settings: Unpack[TrialSettings],
     ) -> list[tuple[StepKind, StepSize]]:
         """The micro-batches that may need most.
 
@@ -149,11 +147,9 @@ class MemoryPlanner:
             )
         kind = replace(
             self.kind,
-            target_modules=self.kind.target_modules if target_modules is None else target_modules,
-            optimizer=optimizer or self.kind.optimizer,
-            clip=clip,
             accumulate=False,
             padded=self.kind.padded and micro_batch_size > 1,
+            **settings,
         )
         size = StepSize(rank, micro_batch_size, self._lengths[0], self._eval_length)
         if micro_batch_size == batch_size:
@@ -183,29 +179,27 @@ class MemoryPlanner:
         memory_budget_bytes: int,
         batch_size: int,
         micro_batch_size: MicroBatch = "auto",
-        target_modules: Targets | None = None,
-        optimizer: PlannedOptimizer | None = None,
-        clip: bool = True,
+        **settings: Unpack[TrialSettings],
     ) -> Prediction | None:
         """The prediction for the largest micro-batch that fits the budget, None if none does.
 
         "auto" chooses among the divisors of `batch_size`, so that gradient accumulation holds the
         global batch; a number allows only itself.
         """
-        asked: dict[str, Any] = {
-            "batch_size": batch_size,
-            "target_modules": target_modules,
-            "optimizer": optimizer,
-            "clip": clip,
-        }
 
         def fitting(size: int) -> bool:
             return self.fits(
-                rank, memory_budget_bytes=memory_budget_bytes, micro_batch_size=size, **asked
+                rank,
+                memory_budget_bytes=memory_budget_bytes,
+                batch_size=batch_size,
+                micro_batch_size=size,
+                **settings,
             )
 
         chosen = _largest_micro_batch(batch_size, micro_batch_size, fitting)
-        return None if chosen is None else self.predict(rank, micro_batch_size=chosen, **asked)
+        if chosen is None:
+            return None
+        return self.predict(rank, batch_size=batch_size, micro_batch_size=chosen, **settings)
 
     def largest_or_smallest(
         self,
@@ -238,10 +232,8 @@ class MemoryPlanner:
         memory_budget_bytes: int,
         batch_size: int,
         micro_batch_size: MicroBatch = "auto",
-        target_modules: Targets | None = None,
-        optimizer: PlannedOptimizer | None = None,
-        clip: bool = True,
         known: Mapping[int, bool] | None = None,
+        **settings: Unpack[TrialSettings],
     ) -> int:
         """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does.
 
@@ -255,9 +247,7 @@ class MemoryPlanner:
                     memory_budget_bytes=memory_budget_bytes,
                     batch_size=batch_size,
                     micro_batch_size=size,
-                    target_modules=target_modules,
-                    optimizer=optimizer,
-                    clip=clip,
+                    **settings,
                 )
 
             return _largest_micro_batch(batch_size, micro_batch_size, fitting) is not None
