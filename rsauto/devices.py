@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rsauto.config import parse_bytes
 from rsauto.errors import InputError, nearest
@@ -175,3 +176,14 @@ def workspace_bytes(device: Device | None) -> int:
     """cuBLAS workspaces of a training process; the larger ones where the device is not known."""
     large = device is None or device.compute_capability[0] in _LARGE_WORKSPACES
     return CUBLAS_THREADS * (LARGE_WORKSPACE_BYTES if large else SMALL_WORKSPACE_BYTES)
+
+
+def outside_bytes(device: Device | None) -> int:
+    """What a training process takes on a GPU outside of what its tensors are counted in."""
+    return context_bytes(device) + workspace_bytes(device)
+
+
+def card_of(properties: Any) -> Device:
+    """The GPU that `torch.cuda.get_device_properties` describes."""
+    capability = (int(properties.major), int(properties.minor))
+    return Device(properties.name, int(properties.total_memory), capability, "this machine")

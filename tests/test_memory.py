@@ -300,6 +300,21 @@ def test_prediction_holds_for_every_setting(
     assert -ALLOWANCE < error(predicted, measured) < 0.03
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_casts_inside_of_kernels_are_counted(gradient_checkpointing: bool) -> None:
+    """Where a bfloat16 layer is much wider than all else, its peak is at the sum with the float32
+    adapter: without the copy that the kernel makes, a fifth would be missing."""
+    wide = LlamaConfig(
+        **{**SMALL_LLAMA.to_dict(), "num_hidden_layers": 1, "intermediate_size": 4096}
+    )
+    settings = {"dtype": "bfloat16", "gradient_checkpointing": gradient_checkpointing}
+    prediction = predict(planner_of(wide, LENGTH, **settings), 4, 16)
+    assert prediction.operation == "aten.add"
+    assert (
+        abs(error(prediction.peak_bytes, measured_peak(kind_of(wide, **settings), 4, 16))) < 0.005
+    )
+
+
 @pytest.fixture(scope="module")
 def planner() -> MemoryPlanner:
     return planner_of(SMALL_LLAMA, LENGTH)

@@ -183,6 +183,7 @@ def test_feasible_refuses_what_plan_refuses() -> None:
     found = planned()
     for wrong in (
         {"quant_bits": [3]},
+        {"gradient_checkpointing": ["no"]},
         {"max_lengths": [0]},
         {"ranks": []},
         {"micro_batch_sizes": [3]},

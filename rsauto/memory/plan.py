@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from rsauto.config import TaskType
-from rsauto.devices import Budget, Device, context_bytes, parse_budget, workspace_bytes
+from rsauto.devices import Budget, card_of, outside_bytes, parse_budget
 from rsauto.errors import InputError
 from rsauto.memory.changes import Change, cheapest_change
 from rsauto.memory.kinds import (
@@ -113,7 +113,8 @@ class Plan:
         """A row for every combination, with what it needs and whether it fits.
 
         What is not given stays as in the plan. Every combination of checkpointing, quantisation
-        and "one sequence, or several" is traced once, seconds each for a large model.
+        and "one sequence, or several" is traced, seconds each for a large model, and once more for
+        lengths outside of those known by then: give the longest first.
         """
         from rsauto.memory.tables import feasible_frame
 
@@ -123,12 +124,10 @@ class Plan:
             return [own] if values is None else list(values)
 
         lengths = given(max_lengths, self.max_length)
-        bits, checkpointing = (
-            given(quant_bits, kind.quant_bits),
-            given(gradient_checkpointing, kind.gradient_checkpointing),
-        )
-        for value in bits:
-            require_known(replace(kind, quant_bits=value))
+        bits = given(quant_bits, kind.quant_bits)
+        checkpointing = given(gradient_checkpointing, kind.gradient_checkpointing)
+        for one, other in itertools.product(bits, checkpointing):
+            require_known(replace(kind, quant_bits=one, gradient_checkpointing=other))
         _require_positive(**{f"max_lengths[{i}]": n for i, n in enumerate(lengths)})
         asked = [row.rank for row in self.ranks] if ranks is None else _checked_ranks(list(ranks))
         sizes = given(micro_batch_sizes, self.micro_batch_size)
@@ -230,7 +229,8 @@ def plan(
         train_lengths=(max_length,),
         eval_length=max_length if eval_length is None else eval_length,
         profiles=profiles or Profiles.on_disk(),
-        outside_bytes=outside_bytes(kind.device_type, budget),
+        # On a CPU only tensors count.
+        outside_bytes=0 if device == "cpu" else outside_bytes(budget.device if budget else None),
     )
     return _planned(
         shape.name, planner, budget, chosen_ranks, batch_size=batch_size, micro=micro,
@@ -302,17 +302,8 @@ def resolve_budget(memory_budget: int | str) -> Budget:
             "memory_budget: auto asks the GPU of this machine, and it has none that PyTorch can "
             "use. Give a size such as 24GiB, or a GPU such as rtx4090."
         )
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    device = Device(found.name, found.total_memory, (found.major, found.minor), "this machine")
-    return Budget(found.total_memory, device, found.name)
-
-
-def outside_bytes(device_type: str, budget: Budget | None) -> int:
-    """What CUDA keeps outside of the allocator; nothing on a CPU, where only tensors count."""
-    if device_type == "cpu":
-        return 0
-    device = budget.device if budget else None
-    return context_bytes(device) + workspace_bytes(device)
+    card = card_of(torch.cuda.get_device_properties(torch.cuda.current_device()))
+    return Budget(card.total_bytes, card, card.name)
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

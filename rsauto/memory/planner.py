@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypedDict, Unpack
 
-from rsauto.devices import context_bytes, workspace_bytes
+from rsauto.devices import outside_bytes as outside_bytes_of
 from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
 from rsauto.memory.profiles import Profiles
 
@@ -57,8 +57,7 @@ class MemoryPlanner:
         self._eval_length = eval_length
         self._profiles = profiles or Profiles()
         if outside_bytes is None:
-            on_cuda = kind.device_type == "cuda"
-            outside_bytes = context_bytes(None) + workspace_bytes(None) if on_cuda else 0
+            outside_bytes = outside_bytes_of(None) if kind.device_type == "cuda" else 0
         self.outside_bytes = outside_bytes
 
     def changed(self, kind: StepKind, length: int | None = None) -> MemoryPlanner:

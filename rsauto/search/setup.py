@@ -35,7 +35,7 @@ from rsauto.data import (
     tokenise,
     without_token_types,
 )
-from rsauto.devices import Device, context_bytes, workspace_bytes
+from rsauto.devices import card_of, outside_bytes
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
 from rsauto.memory.planner import MemoryPlanner
@@ -177,9 +177,7 @@ def _outside_bytes(device: torch.device) -> int:
     """What CUDA keeps outside of PyTorch's allocator on this very card."""
     if device.type != "cuda":
         return 0
-    found = torch.cuda.get_device_properties(device)
-    card = Device(found.name, found.total_memory, (found.major, found.minor), "this machine")
-    return context_bytes(card) + workspace_bytes(card)
+    return outside_bytes(card_of(torch.cuda.get_device_properties(device)))
 
 
 def memory_budget_bytes(config: StudyConfig, device: torch.device) -> int:
