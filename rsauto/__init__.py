@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rsauto.adalora import RsAdaLoraCallback, RsAdaLoraConfig
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rsauto.report.table import Study, load_study
 
 _HOMES = {
+    "RsAdaLoraCallback": "rsauto.adalora",
+    "RsAdaLoraConfig": "rsauto.adalora",
     "run_study": "rsauto.api",
     "StudyConfig": "rsauto.config",
     "RsautoError": "rsauto.errors",
@@ -36,6 +39,8 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Plan",
+    "RsAdaLoraCallback",
+    "RsAdaLoraConfig",
     "RsautoError",
     "Study",
     "StudyConfig",

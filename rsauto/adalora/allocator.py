@@ -1,0 +1,145 @@
+"""The rank allocator: after every optimizer step it decides which triplets are active.
+
+With ``recovery: paper`` the lambdas of all others are zero after every step, but P and Q stay and
+go on being scored, so a triplet can come back. (The optimizer moves a masked lambda; what it would
+become is scored before it is set to zero again.) With ``recovery: none`` they are gone for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rsauto.adalora.budget import keep_best
+from rsauto.adalora.compaction import compact, require_compactable
+from rsauto.adalora.config import RsAdaLoraConfig
+from rsauto.adalora.importance import RANK_DIM, SCORED, Factor
+from rsauto.adalora.layer import SvdLayer, Triplets
+
+
+class RankAllocator:
+    """Places the rank of one adapter. Its state lives in the layers, so it can be made anew."""
+
+    def __init__(
+        self, layers: Mapping[str, SvdLayer], config: RsAdaLoraConfig, adapter_name: str = "default"
+    ) -> None:
+        """``layers`` are the adapted layers by name, in model order.
+
+        Raises ValueError where there are none.
+        """
+        if not layers:
+            raise ValueError(f"adapter {adapter_name!r}: no layer has it, so there is no rank.")
+        self.layers = layers
+        self.config = config
+        self.adapter_name = adapter_name
+        self.num_skipped = 0
+        """Steps whose gradients were not finite; they say nothing about importance."""
+
+    def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
+        """Call after ``optimizer.step()`` and before ``zero_grad()``, ``step`` counted from 1.
+
+        From ``total_step - tfinal`` on the pattern is fixed. ``optimizer`` is needed for
+        ``recovery: none``. Raises ValueError without it, and where the schedule is not known.
+        """
+        schedule = self.config.schedule(len(self.layers))
+        if not self.finished:
+            if step < schedule.final_step:
+                self._gather_if_finite()
+            if step >= schedule.final_step or schedule.allocates(step):
+                self._allocate(schedule.budget(step), _unwrapped(optimizer))
+            if step >= schedule.final_step:
+                for state in self._states():
+                    state.importance = None
+        for layer in self.layers.values():
+            layer.hold(self.adapter_name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the pattern is fixed."""
+        return all(state.importance is None for state in self._states())
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Active triplets of every module; all of the initial rank before the first allocation."""
+        active = {name: layer.triplets[self.adapter_name] for name, layer in self.layers.items()}
+        return {name: state.active_rank for name, state in active.items()}
+
+    def gather(self) -> None:
+        """Takes this step's gradients into the importance of every triplet."""
+        for layer in self.layers.values():
+            factors = layer.factors(self.adapter_name)
+            scored = {name: factors[name] for name in SCORED[self.config.score]}
+            # A module that took no part in the step has a gradient of zero.
+            gradients = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in scored.items()
+            }
+            importance = layer.triplets[self.adapter_name].importance
+            assert importance is not None, "importance is gathered until the pattern is fixed"
+            importance.update(scored, gradients, self.config.beta1, self.config.beta2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the allocation keeps from step to step."""
+        for state in self._states():
+            if state.importance is not None:
+                yield from state.importance.tensors()
+
+    def factors(self) -> Iterator[tuple[Factor, nn.Parameter]]:
+        """Every factor of every layer."""
+        for layer in self.layers.values():
+            yield from layer.factors(self.adapter_name).items()
+
+    def regularised(self) -> list[tuple[nn.Parameter, int]]:
+        """P and Q of every layer, each with the dimension its triplets lie along."""
+        return [(p, RANK_DIM[name]) for name, p in self.factors() if name != "E"]
+
+    def _states(self) -> list[Triplets]:
+        return [layer.triplets[self.adapter_name] for layer in self.layers.values()]
+
+    def _gather_if_finite(self) -> None:
+        gradients = [p.grad for _, p in self.factors() if p.grad is not None]
+        if not gradients:
+            raise ValueError(
+                "update_and_allocate found no gradients. Call it after optimizer.step() and before "
+                "optimizer.zero_grad()."
+            )
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        if torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all():
+            self.gather()
+        else:
+            self.num_skipped += 1
+
+    def _allocate(self, budget: int, optimizer: Optimizer | None) -> None:
+        freed = self.config.recovery == "none"
+        if freed:
+            require_compactable(self.factors(), optimizer)
+        scores = [self._score(layer) for layer in self.layers.values()]
+        active = [state.mask for state in self._states()]
+        # After triplets are gone for good there may be fewer than a budget asks for.
+        budget = min(budget, sum(map(len, scores)))
+        masks = keep_best(scores, active, budget)
+        # One transfer for all modules.
+        counts = torch.stack([mask.sum() for mask in masks]).tolist()
+        for layer, mask, count in zip(self.layers.values(), masks, counts, strict=True):
+            if not freed:
+                layer.activate(self.adapter_name, mask, int(count))
+            elif count < len(mask):
+                assert optimizer is not None
+                compact(layer, self.adapter_name, mask, optimizer)
+
+    def _score(self, layer: SvdLayer) -> Tensor:
+        """Importance of a layer's triplets, all the same where no gradient was ever seen."""
+        importance = layer.triplets[self.adapter_name].importance
+        if importance is None or not importance.sensitivity:
+            values = layer.lora_E[self.adapter_name]
+            return torch.zeros(len(values), device=values.device)
+        return importance.of_triplets()
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of accelerate's wrapper, which Trainer hands around."""
+    return getattr(optimizer, "optimizer", optimizer)

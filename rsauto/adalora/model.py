@@ -1,0 +1,201 @@
+"""`RsAdaLoraModel`: AdaLoRA on rsLoRA as a tuner of PEFT.
+
+    from rsauto import RsAdaLoraConfig
+    model = get_peft_model(base, RsAdaLoraConfig(target_r=8, init_r=12, total_step=1000, ...))
+    ...
+    loss.backward()
+    optimizer.step()
+    model.base_model.update_and_allocate(step, optimizer)    # step from 1
+    optimizer.zero_grad()
+
+`save_pretrained` writes the allocation's state with the tensors, so that training can go on from a
+checkpoint as if it had not stopped; `from_pretrained` for inference drops inactive triplets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rsauto.adalora.allocator import RankAllocator
+from rsauto.adalora.config import RsAdaLoraConfig, register
+from rsauto.adalora.layer import SvdLayer, SvdLinear
+from rsauto.adalora.orthogonality import add_gradients, regularise_when_stepped
+from rsauto.adalora.saved import pop_saved, saved_tensors
+
+
+class RsAdaLoraModel(LoraModel):
+    """Holds the adapted base model; at most one of its adapters is trained."""
+
+    tuner_layer_cls: Any = SvdLayer
+
+    def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(model, config, adapter_name, **kwargs)
+        regularise_when_stepped(self)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        trained = [name for name, one in self.peft_config.items() if not one.inference_mode]
+        if len(trained) > 1:
+            raise ValueError(
+                f"AdaLoRA trains one adapter at a time, but {', '.join(trained)} would all be "
+                "trained. Load the others with is_trainable=False."
+            )
+
+    def _create_and_replace(  # type: ignore[override]  # as PEFT's own LoraModel has it
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        config: RsAdaLoraConfig = lora_config
+        if isinstance(target, SvdLayer):
+            target.update_layer(adapter_name, config.init_r, config.lora_alpha, config=config)
+            return
+        layer = _layer_class(target, current_key)(target, adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        replace_module: Callable[..., None] = self._replace_module
+        replace_module(parent, target_name, layer, target)
+
+    # ------------------------------------------------------------------------- training
+
+    @property
+    def trained_adapter(self) -> str:
+        """Name of the adapter that is trained. Raises ValueError where none is."""
+        for name, config in self.peft_config.items():
+            if not config.inference_mode:
+                return str(name)
+        raise ValueError("No adapter is trained: all were loaded for inference (is_trainable).")
+
+    def allocator(self, adapter_name: str | None = None) -> RankAllocator:
+        """The rank allocator of an adapter, of the trained one unless told otherwise."""
+        name = adapter_name or self.trained_adapter
+        layers = {key: layer for key, layer in svd_layers(self.model) if name in layer.triplets}
+        return RankAllocator(layers, self.config_of(name), name)
+
+    def config_of(self, adapter_name: str) -> RsAdaLoraConfig:
+        """The configuration of an adapter."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, RsAdaLoraConfig)
+        return config
+
+    def update_and_allocate(self, global_step: int, optimizer: Any = None) -> None:
+        """See `RankAllocator.update_and_allocate`."""
+        self.allocator().update_and_allocate(global_step, optimizer)
+
+    def set_total_step(self, total_step: int) -> None:
+        """Sets the number of optimizer steps of the whole run, before its first.
+
+        Raises ValueError where tinit and tfinal leave no step to allocate ranks in.
+        """
+        config = self.config_of(self.trained_adapter)
+        before, config.total_step = config.total_step, total_step
+        try:
+            config.schedule(num_modules=1)
+        except ValueError:
+            config.total_step = before
+            raise
+
+    def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Active triplets of every module."""
+        name = adapter_name or next(iter(self.peft_config))
+        return self.allocator(name).rank_pattern
+
+    def regularise(self, stepped: set[int], loss_scale: Any = None) -> None:
+        """Adds the orthogonality's gradient to the factors among ``stepped``, ids of parameters.
+
+        Called by the optimizer itself before it steps.
+        """
+        for name in self.peft_config:
+            config = self.config_of(name)
+            if config.inference_mode or config.orth_reg_weight == 0:
+                continue
+            factors = self.allocator(name).regularised()
+            share = config.orth_reg_weight
+            if config.orth_reg_form == "norm":
+                share /= len(factors)
+            add_gradients(
+                (one for one in factors if id(one[0]) in stepped),
+                share=share,
+                form=config.orth_reg_form,
+                loss_scale=loss_scale,
+            )
+
+    # ------------------------------------------------------------------------- saving, loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        inherited: Callable[..., dict[str, Tensor]] = super()._get_adapter_state_dict
+        tensors = inherited(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = {n: m for n, m in svd_layers(model) if adapter_name in m.triplets}
+        config.rank_pattern = {
+            name.removeprefix("base_model.model."): layer.triplets[adapter_name].active_rank
+            for name, layer in layers.items()
+        }
+        return {**tensors, **saved_tensors(layers, adapter_name)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        layers = {n: m for n, m in svd_layers(model) if adapter_name in m.triplets}
+        tensors = pop_saved(layers, adapter_name, state_dict, drop_inactive=config.inference_mode)
+        inherited: Callable[..., dict[str, Tensor]] = super()._remap_adapter_state_dict_for_load
+        return inherited(model, config, adapter_name, tensors)
+
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        """Not defined for triplets."""
+        raise TypeError("add_weighted_adapter: export the adapters as plain LoRA, and weigh those.")
+
+
+def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLayer]]:
+    """Names and adapted layers, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, SvdLayer):
+            yield name, module
+
+
+def _layer_class(target: nn.Module, name: str) -> type[SvdLayer]:
+    """Raises ValueError for a layer that is not linear."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if is_bnb_available() and is_bnb_4bit_available():
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+        from rsauto.adalora.quantised import SvdLinear4bit, SvdLinear8bitLt
+
+        if isinstance(base, Linear8bitLt):
+            return SvdLinear8bitLt
+        if isinstance(base, Linear4bit):
+            return SvdLinear4bit
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return SvdLinear
+    raise ValueError(
+        f"target_modules: {name!r} is a {type(base).__name__}. AdaLoRA adapts nn.Linear, Conv1D "
+        "and bitsandbytes' linear layers."
+    )
+
+
+register(RsAdaLoraModel)

@@ -1,0 +1,100 @@
+"""The regulariser that keeps P and Q near orthogonal, in the training objective only.
+
+AdaLoRA (arXiv:2303.10512, equation 4) adds to the loss, over all adapted modules,
+
+    squared    weight * sum  (||P^T P - I||_F^2 + ||Q Q^T - I||_F^2)      as the paper writes it
+    norm       weight * mean (||P^T P - I||_F,   ||Q Q^T - I||_F)         as its code and PEFT do
+
+with I of the rank's size. Neither depends on the data, so its gradient is added to the factors
+once, when the optimizer steps, from the closed form. No reported loss holds it, whatever the number
+of micro-batches, and clipping (which comes before) sees the gradient of the data alone, as with
+AdamW's decoupled weight decay. Loss scaling is undone by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+OrthForm = Literal["norm", "squared"]
+
+Regularised = tuple[nn.Parameter, int]
+"""A factor, and the dimension its triplets lie along."""
+
+
+def orthogonality(factor: Tensor, rank_dim: int, form: OrthForm) -> Tensor:
+    """||F F^T - I||_F of a factor whose triplets are its rows (or columns), or its square."""
+    norm: Tensor = torch.linalg.matrix_norm(_deviation(factor, rank_dim))
+    return norm if form == "norm" else norm.square()
+
+
+def orthogonality_gradient(factor: Tensor, rank_dim: int, form: OrthForm) -> Tensor:
+    """d `orthogonality` / d factor, in the factor's shape; zero where the factor is orthonormal.
+
+    With M = F F^T - I:  2 M F / ||M||_F, and 4 M F of the square.
+    """
+    deviation = _deviation(factor, rank_dim)
+    scale: Tensor | float = 4.0
+    if form == "norm":
+        norm = torch.linalg.matrix_norm(deviation)
+        scale = torch.where(norm > 0, 2.0 / norm, 0.0)
+    deviation *= scale
+    return deviation @ factor if rank_dim == 0 else factor @ deviation
+
+
+def _deviation(factor: Tensor, rank_dim: int) -> Tensor:
+    """F F^T - I, (r, r)."""
+    gram = factor @ factor.T if rank_dim == 0 else factor.T @ factor
+    gram.diagonal().sub_(1)
+    return gram
+
+
+@torch.no_grad()
+def add_gradients(
+    factors: Iterable[Regularised], *, share: float, form: OrthForm, loss_scale: Any = None
+) -> None:
+    """Adds ``share`` times the gradient of `orthogonality` to every factor's ``.grad``.
+
+    Factors without a gradient took no part in the step and are left alone. ``loss_scale`` is what
+    the gradients are still multiplied by, where the optimizer itself divides by it.
+    """
+    for factor, rank_dim in factors:
+        if factor.grad is None or factor.numel() == 0:
+            continue
+        gradient = orthogonality_gradient(factor.float(), rank_dim, form)
+        if loss_scale is not None:
+            gradient *= loss_scale
+        factor.grad.add_(gradient.to(factor.grad.dtype), alpha=share)
+
+
+_watched: WeakSet[nn.Module] = WeakSet()
+_hook: Any = None
+
+
+def regularise_when_stepped(model: nn.Module) -> None:
+    """From now on, the optimizer that steps factors of ``model`` first calls its `regularise`.
+
+    A hook on all optimizers, because PEFT's way of training has no other moment that is there in
+    every loop, comes once a step, and after the last micro-batch. It does nothing for optimizers
+    of other models.
+    """
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_step)
+    _watched.add(model)
+
+
+def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if not _watched:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(_watched):
+        regularise: Callable[[set[int], Any], None] = model.regularise  # type: ignore[assignment]
+        # A fused optimizer is handed gradients that are still scaled, and the scale.
+        regularise(stepped, getattr(optimizer, "grad_scale", None))
