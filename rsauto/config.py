@@ -9,15 +9,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import BeforeValidator, Field, model_validator
+
+from rsauto.choices import (
+    IntChoice,
+    Part,
+    PowerRange,
+    RateChoice,
+    RateRange,
+    Rates,
+    Targets,
+    as_tuple,
 )
+from rsauto.records import ADALORA_METHODS, Method
 
 Objective = Annotated[str, Field(min_length=1)]
 
@@ -57,14 +61,6 @@ def _budget_bytes(value: Any) -> Any:
     from rsauto.devices import read_budget  # which itself reads sizes with `parse_bytes`
 
     return value if value == "auto" else read_budget(value).total_bytes
-
-
-class Part(BaseModel):
-    """A section of the study file: unknown keys are errors, values cannot be changed later."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(Part):
@@ -205,62 +201,6 @@ class TrainingConfig(Part):
         return self
 
 
-class PowerRange(Part):
-    """Powers of two from low to high, both included, searched as an integer log2."""
-
-    low: int = Field(ge=1)
-    high: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _powers(self) -> Self:
-        for name in ("low", "high"):
-            value = getattr(self, name)
-            if value & (value - 1):
-                raise ValueError(f"{name} must be a power of two, or give a list instead")
-        if self.low > self.high:
-            raise ValueError("low must not be above high")
-        return self
-
-    def values(self) -> tuple[int, ...]:
-        return tuple(2**k for k in range(self.low.bit_length() - 1, self.high.bit_length()))
-
-
-class RateRange(Part):
-    """Learning rates from low to high at `reference_rank`, searched on a log scale."""
-
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError("low must not be above high")
-        return self
-
-
-def _as_tuple(value: Any) -> Any:
-    """A single number or word stands for a list of one."""
-    return (value,) if isinstance(value, (int, float, str)) else value
-
-
-def _kind(value: Any) -> str:
-    """Which form of a choice was meant, so that only its own errors are shown."""
-    return "range" if isinstance(value, (dict, Part)) else "list"
-
-
-_Ints = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1)]
-_Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], Field(min_length=1)]
-_Targets = Literal["all-linear", "attention"] | tuple[str, ...]
-_IntChoice = Annotated[
-    Annotated[PowerRange, Tag("range")] | Annotated[_Ints, BeforeValidator(_as_tuple), Tag("list")],
-    Discriminator(_kind),
-]
-_RateChoice = Annotated[
-    Annotated[RateRange, Tag("range")] | Annotated[_Rates, BeforeValidator(_as_tuple), Tag("list")],
-    Discriminator(_kind),
-]
-
-
 class SearchConfig(Part):
     """What is searched, how, and for how long."""
 
@@ -268,18 +208,18 @@ class SearchConfig(Part):
     """Settled trials in the study, defaults and repeated seeds included."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     pruner: Literal["median", "halving", "none"] = "median"
-    method: Annotated[
-        tuple[Literal["rslora", "lora"], ...], BeforeValidator(_as_tuple), Field(min_length=1)
-    ] = ("rslora",)
-    rank: _IntChoice = PowerRange(low=2, high=256)
-    alpha: _IntChoice = PowerRange(low=8, high=64)
-    learning_rate: _RateChoice = RateRange(low=1e-5, high=1e-2)
+    method: Annotated[tuple[Method, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        "rslora",
+    )
+    rank: IntChoice = PowerRange(low=2, high=256)
+    alpha: IntChoice = PowerRange(low=8, high=64)
+    learning_rate: RateChoice = RateRange(low=1e-5, high=1e-2)
     """A range is centred anew for every rank by the law of its scaling rule; a list is exact."""
     reference_rank: int = Field(8, ge=1)
     """The rank for which a learning-rate range is meant."""
-    lr_ratio: Annotated[_Rates, BeforeValidator(_as_tuple)] = (1.0,)
+    lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (1.0,)
     """LoRA+: learning rate of B over that of A."""
-    target_modules: Annotated[tuple[_Targets, ...], Field(min_length=1)] | None = None
+    target_modules: Annotated[tuple[Targets, ...], Field(min_length=1)] | None = None
     """Several choices of layers to search over; None uses model.target_modules."""
     seeds: int = Field(3, ge=1)
     """Seeds on which the finalists are compared, the search's own included."""
@@ -318,6 +258,44 @@ class SearchConfig(Part):
         return self.objective in MINIMISED
 
 
+class AdaLoraSettings(Part):
+    """How the methods adalora and rsadalora place their rank. Of no account to other methods."""
+
+    init_ratio: float = Field(1.5, ge=1, le=16)
+    """Rank of every module at the start over `rank`, which is their mean at the end."""
+    warmup_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps at the initial rank."""
+    final_share: float = Field(0.3, ge=0, lt=1)
+    """Share of the steps, the last ones, at a fixed pattern."""
+    interval: int = Field(1, ge=1)
+    """Steps between two allocations."""
+    recovery: Literal["paper", "none"] = "paper"
+    """paper: a masked triplet can come back; none: its memory is given back at once."""
+    score: Literal["full", "lambda"] = "full"
+    """Importance from P, lambda and Q, or from lambda alone (8 bytes less an adapter parameter)."""
+    scale_rank: Literal["target", "init", "live"] = "target"
+    """The rank in gamma_r: `rank`, the initial one, or what a module has at the moment."""
+    lambda_lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (16.0,)
+    """Learning rate of lambda over that of Q; a list is searched."""
+    orth_reg_weight: float = Field(0.1, ge=0)
+    """Of the orthogonality of P and Q in the training objective."""
+    orth_reg_form: Literal["norm", "squared"] = "norm"
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Smoothing of the sensitivity."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Smoothing of the uncertainty."""
+    init_std: float | None = Field(None, gt=0)
+    """Of P's and Q's entries; null gives vectors of unit length."""
+    refit: bool = True
+    """Also train rsLoRA with the rank pattern of the best AdaLoRA trial."""
+
+    @model_validator(mode="after")
+    def _room_to_allocate(self) -> Self:
+        if self.warmup_share + self.final_share >= 1:
+            raise ValueError("warmup_share and final_share must leave a part of the steps between")
+        return self
+
+
 def _values(choice: PowerRange | tuple[int, ...]) -> tuple[int, ...]:
     return choice.values() if isinstance(choice, PowerRange) else tuple(sorted(choice))
 
@@ -334,12 +312,17 @@ class StudyConfig(Part):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig(steps=100)
     search: SearchConfig = SearchConfig()
+    adalora: AdaLoraSettings = AdaLoraSettings()
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Named sets of changes, chosen with --preset; each a partial study file."""
 
     def target_choices(self) -> tuple[str | tuple[str, ...], ...]:
         """The choices of layers that trials may use."""
         return self.search.target_modules or (self.model.target_modules,)
+
+    def allocates(self) -> bool:
+        """Whether trials may use a method that places its rank while it trains."""
+        return any(method in ADALORA_METHODS for method in self.search.method)
 
 
 RESUMABLE = frozenset(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rsauto.config import PowerRange, StudyConfig
+from rsauto.choices import PowerRange
+from rsauto.config import StudyConfig
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.changes import Change
 from rsauto.memory.cost import parse_rate, study_cost

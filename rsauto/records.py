@@ -14,10 +14,45 @@ from typing import Any, Literal, Self
 
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
 Method = Literal["lora", "rslora", "adalora", "rsadalora"]
-Role = Literal["default", "default_tuned", "search", "seed"]
+Role = Literal["default", "default_tuned", "search", "seed", "refit"]
+
+ADALORA_METHODS: tuple[Method, ...] = ("adalora", "rsadalora")
+"""Methods that place their rank while they train."""
 
 SETTLED_OUTCOMES: tuple[Outcome, ...] = ("complete", "pruned", "oom", "diverged", "failed")
 """Outcomes that cost a trial. A configuration refused by the planner costs none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllocationSpec:
+    """How AdaLoRA places its rank in one trial (arXiv:2303.10512); steps are optimizer steps."""
+
+    tinit: int
+    """Steps of warm-up at the initial rank."""
+    tfinal: int
+    """Last steps, at a fixed pattern."""
+    delta_t: int = 1
+    """Steps between two allocations."""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    orth_reg_form: Literal["norm", "squared"] = "norm"
+    score: Literal["full", "lambda"] = "full"
+    recovery: Literal["paper", "none"] = "paper"
+    scale_rank: Literal["target", "init", "live"] = "target"
+    """The rank in gamma_r."""
+    init_std: float | None = None
+    """Of P's and Q's entries; None gives vectors of unit length."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Reads it, also from a newer version with fields this one does not know."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+RankPattern = tuple[tuple[str, int], ...]
+"""Names of modules, each with its rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +60,8 @@ class TrialSpec:
     """Everything that decides the result of one trial. Equal specs give equal trials."""
 
     role: Role
-    """default, default_tuned (its learning-rate search), search, or seed: a finalist run again."""
+    """default, default_tuned (its learning-rate search), search, seed (a finalist run again), or
+    refit (rsLoRA with the rank pattern that AdaLoRA found)."""
     method: Method
     rank: int
     alpha: int
@@ -40,10 +76,17 @@ class TrialSpec:
     lr_ratio: float = 1.0
     """LoRA+: learning rate of B over that of A."""
     lambda_lr_ratio: float | None = None
+    """AdaLoRA: learning rate of lambda over that of Q."""
     head_learning_rate: float | None = None
     """Of a classifier's head; None for a causal language model."""
     init_rank: int | None = None
+    """AdaLoRA: of every module at the start."""
     target_rank: int | None = None
+    """AdaLoRA: mean over the modules at the end, which is `rank`."""
+    allocation: AllocationSpec | None = None
+    """AdaLoRA's; None for other methods."""
+    rank_pattern: RankPattern | None = None
+    """Rank of each module, where they differ; `rank` is then their mean."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     quant_bits: Literal[4, 8] | None = None
     """Of the frozen base; None where it is not quantised."""
@@ -70,8 +113,14 @@ class TrialSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         targets = data.get("target_modules", "all-linear")
-        fixed = targets if isinstance(targets, str) else tuple(targets)
-        return cls(**{**data, "target_modules": fixed})
+        allocation = data.get("allocation")
+        pattern = data.get("rank_pattern")
+        fixed = {
+            "target_modules": targets if isinstance(targets, str) else tuple(targets),
+            "allocation": None if allocation is None else AllocationSpec.from_json(allocation),
+            "rank_pattern": None if pattern is None else tuple((n, r) for n, r in pattern),
+        }
+        return cls(**{**data, **fixed})
 
     def configuration(self) -> tuple[Any, ...]:
         """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
@@ -125,6 +174,8 @@ class TrialRecord:
     r_max: int | None = None
     """Largest rank of any module, what a server must be able to hold."""
     rank_pattern: dict[str, int] | None = None
+    """Rank of each module at the end, where they may differ."""
+    allocation: AllocationSpec | None = None
     alpha: int
     scaling_rule: str
     scaling_exponent: float | None = None
@@ -194,6 +245,8 @@ class TrialRecord:
         targets = kept.get("target_modules", "all-linear")
         kept["target_modules"] = targets if isinstance(targets, str) else tuple(targets)
         kept["curve"] = tuple(_eval_point(point) for point in kept.get("curve") or ())
+        if kept.get("allocation") is not None:
+            kept["allocation"] = AllocationSpec.from_json(kept["allocation"])
         return cls(**kept)
 
 

@@ -39,6 +39,10 @@ class RsAdaLoraModel(LoraModel):
         super().__init__(model, config, adapter_name, **kwargs)
         regularise_when_stepped(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        regularise_when_stepped(self)  # a copy is another model
+
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         trained = [name for name, one in self.peft_config.items() if not one.inference_mode]

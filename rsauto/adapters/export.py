@@ -1,7 +1,9 @@
 """Every adapter leaves as plain LoRA with scale 1, which every server reads alike.
 
-Servers disagree on `use_rslora` and on rank patterns; alpha = r with gamma_r folded into B leaves
-them nothing to disagree on, and keeps the logits.
+Servers disagree on `use_rslora` and on rank patterns; alpha = r in every module, with gamma_r
+folded into the factors, leaves them nothing to disagree on, and keeps the logits. AdaLoRA leaves
+in the same form: gamma_r lambda is folded in, only active triplets are written, and modules that
+kept none are not adapted at all.
 """
 
 from __future__ import annotations
@@ -10,29 +12,51 @@ import os
 import shutil
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
+from rsauto.adalora.layer import SvdLayer
 from rsauto.adapters.head import head_module_names
-from rsauto.adapters.lora import ADAPTER_NAME, lora_layers, short_target_names
+from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 from rsauto.atomic import write_bytes
 
+Folded = dict[str, tuple[Tensor, Tensor]]
+"""Name of a module to (A, B), (r x d_in) and (d_out x r) in float32: Delta W = B A."""
 
-def save_adapter(adapted: PeftModel, folder: Path, *, base_name: str, card: str) -> int:
+
+def save_adapter(
+    adapted: PeftModel, folder: Path, *, base_name: str, card: str, padded: bool = False
+) -> int:
     """Writes ``folder`` as a PEFT LoRA adapter of scale 1, all or nothing.
 
-    Returns the size of its weights in bytes. ``card`` becomes README.md.
+    Returns the size of its weights in bytes. ``card`` becomes README.md. Where modules have
+    different ranks each is written with its own, or, ``padded``, all with the largest one, filled
+    up with zeros, for loaders that know only one rank.
     """
+    folded = folded_factors(adapted)
+    if padded:
+        folded = _padded(folded)
+    config = _plain_config(adapted, folded, base_name)
+    return write_adapter(folder, _tensors(adapted, folded), config, card)
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: PeftConfig, card: str = ""
+) -> int:
+    """Writes an adapter's folder, all or nothing; returns the size of its weights in bytes."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         weights = partial / "adapter_model.safetensors"
         # Serialised first and written by us: a full disk is then an OSError like any other.
-        write_bytes(weights, save(scale_one_tensors(adapted), metadata={"format": "pt"}))
-        _plain_config(adapted, base_name).save_pretrained(str(partial))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_bytes(weights, save(tensors, metadata={"format": "pt"}))
+        config.save_pretrained(str(partial))
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         num_bytes = weights.stat().st_size
         _put_in_place(partial, folder)
     finally:
@@ -55,27 +79,82 @@ def _put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def scale_one_tensors(adapted: PeftModel) -> dict[str, Tensor]:
-    """Adapter tensors in PEFT's naming with gamma_r B in place of B: Delta W = B A.
+def folded_factors(adapted: PeftModel, adapter_name: str = ADAPTER_NAME) -> Folded:
+    """The adapter with everything that multiplies it folded in, module by module.
 
-    In float32, also where they were trained in bfloat16, which would round gamma_r B.
+    In float32, also where it was trained in bfloat16, which would round the products. Modules
+    without an active triplet are left out.
     """
-    scales = {layer.scaling[ADAPTER_NAME] for layer in lora_layers(adapted)}
-    assert len(scales) == 1, f"one factor for every module is assumed, got {sorted(scales)}"
-    factor = scales.pop()
+    folded: Folded = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, SvdLayer):
+            if layer.triplets[adapter_name].active_rank:
+                folded[name] = _folded_svd(layer, adapter_name)
+        elif isinstance(layer, LoraLayer):
+            a = layer.lora_A[adapter_name].get_parameter("weight")
+            b = layer.lora_B[adapter_name].get_parameter("weight")
+            folded[name] = (a.float(), b.float() * layer.scaling[adapter_name])
+    return {name: (_plain(a), _plain(b)) for name, (a, b) in folded.items()}
+
+
+def _folded_svd(layer: SvdLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """The active triplets, gamma_r lambda shared evenly by the two factors.
+
+    Evenly, because a file in half precision rounds least when neither is much larger.
+    """
+    keep = layer.triplets[adapter_name].mask.nonzero().flatten()
+    factors = {name: p.detach().float() for name, p in layer.factors(adapter_name).items()}
+    keep = keep.to(factors["E"].device)
+    values = factors["E"].flatten().index_select(0, keep) * layer.scaling[adapter_name]
+    root = values.abs().sqrt()
+    a = factors["A"].index_select(0, keep) * root[:, None]
+    b = factors["B"].index_select(1, keep) * (root * values.sign())
+    return a, b
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _padded(folded: Folded) -> Folded:
+    """All modules at the largest rank; zeros change nothing."""
+    r_max = max(len(a) for a, _ in folded.values())
     return {
-        name: (tensor.float() * (factor if "lora_B" in name else 1.0)).detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME).items()
+        name: (F.pad(a, (0, 0, 0, r_max - len(a))), F.pad(b, (0, r_max - len(a))))
+        for name, (a, b) in folded.items()
     }
 
 
-def _plain_config(adapted: PeftModel, base_name: str) -> LoraConfig:
+def _tensors(adapted: PeftModel, folded: Folded) -> dict[str, Tensor]:
+    """In PEFT's naming, with a classifier's head as it was trained."""
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in folded.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    return {**tensors, **head_tensors(adapted)}
+
+
+def head_tensors(adapted: PeftModel) -> dict[str, Tensor]:
+    """A classifier's head, float32, in PEFT's naming; nothing for other models."""
+    return {
+        name: _plain(tensor.float())
+        for name, tensor in get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME).items()
+        if ".lora_" not in name
+    }
+
+
+def _plain_config(adapted: PeftModel, folded: Folded, base_name: str) -> LoraConfig:
     trained = adapted.peft_config[ADAPTER_NAME]
     assert isinstance(trained, LoraConfig)
+    ranks = {name: len(a) for name, (a, _) in folded.items()}
+    r_max = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != r_max}
     plain = LoraConfig(
-        r=trained.r,
-        lora_alpha=trained.r,
+        r=r_max,
+        lora_alpha=r_max,
         use_rslora=False,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
         fan_in_fan_out=trained.fan_in_fan_out,
         lora_dropout=0.0,
         bias="none",
@@ -86,5 +165,5 @@ def _plain_config(adapted: PeftModel, base_name: str) -> LoraConfig:
     heads = head_module_names(adapted.get_base_model())
     plain.modules_to_save = heads or None
     # Given to the constructor it would become a set, and be written in another order every time.
-    plain.target_modules = short_target_names(adapted)
+    plain.target_modules = short_target_names(adapted, ranks)
     return plain

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -58,25 +58,26 @@ def add_adapter(model: nn.Module, spec: TrialSpec, **options: Any) -> PeftModel:
     """Wraps ``model`` with the spec's adapter; the base weights are frozen and shared.
 
     The factors are initialised by PEFT (A Kaiming-uniform, B zero) from torch's global generator:
-    seed it first. gamma_r is set explicitly, so that every exponent of r can be studied.
+    seed it first. gamma_r is set explicitly, so that every exponent of r can be studied. With a
+    rank pattern every module has its own rank and the gamma_r of that rank, as in PEFT.
     ``options`` are further fields of PEFT's LoraConfig.
     """
+    pattern = dict(spec.rank_pattern or ())
     config = LoraConfig(
         r=spec.rank,
+        rank_pattern=pattern,
         lora_alpha=spec.alpha,
         use_rslora=spec.scaling_rule == "rslora",
-        target_modules=target_module_names(model, spec.target_modules),
-        fan_in_fan_out=has_conv1d(model),
-        bias="none",
-        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
-        modules_to_save=head_module_names(model) or None,
+        target_modules=list(pattern) or target_module_names(model, spec.target_modules),
+        **shared_options(model),
         **{"lora_dropout": 0.0, **options},
     )
     adapted = wrap(model, config)
     hold_heads_in_float32(adapted)
-    factor = gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent)
     for layer in lora_layers(adapted):
-        layer.scaling[ADAPTER_NAME] = factor
+        layer.scaling[ADAPTER_NAME] = gamma_r(
+            spec.scaling_rule, spec.alpha, layer.r[ADAPTER_NAME], spec.scaling_exponent
+        )
         if spec.init_scale is not None:
             with torch.no_grad():
                 layer.lora_A[ADAPTER_NAME].get_parameter("weight").mul_(spec.init_scale)
@@ -85,6 +86,16 @@ def add_adapter(model: nn.Module, spec: TrialSpec, **options: Any) -> PeftModel:
             layer.lora_A.to(torch.bfloat16)
             layer.lora_B.to(torch.bfloat16)
     return adapted
+
+
+def shared_options(model: nn.Module) -> dict[str, Any]:
+    """What the configuration of every adapter says about the model it is for."""
+    return {
+        "fan_in_fan_out": has_conv1d(model),
+        "bias": "none",
+        "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
+        "modules_to_save": head_module_names(model) or None,
+    }
 
 
 def has_conv1d(model: nn.Module) -> bool:
@@ -146,20 +157,21 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
             yield module
 
 
-def short_target_names(adapted: PeftModel) -> list[str]:
-    """The adapted layers by their last names where those say the same, else by their full names.
+def short_target_names(adapted: PeftModel, chosen: Collection[str] | None = None) -> list[str]:
+    """Adapted layers by their last names where those say the same, else by their full names.
 
     Servers match the last name ("q_proj"), so the short form is used whenever it selects exactly
-    the adapted layers.
+    the chosen layers; all of the adapted ones unless told otherwise.
     """
     base = adapted.get_base_model()
-    adapted_names = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
-    short = {name.rpartition(".")[2] for name in adapted_names}
-    inside = tuple(f"{name}." for name in adapted_names)
-    others = {name for name, _ in base.named_modules() if not name.startswith(inside)}
-    untouched = others - adapted_names
+    layers = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+    chosen = layers if chosen is None else set(chosen)
+    short = {name.rpartition(".")[2] for name in chosen}
+    inside = tuple(f"{name}." for name in layers)
+    outside = {name for name, _ in base.named_modules() if not name.startswith(inside)}
+    untouched = outside - chosen
     clash = any(_matches(name, suffix) for name in untouched for suffix in short)
-    return sorted(adapted_names if clash else short)
+    return sorted(chosen if clash else short)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,14 +11,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rsauto.config import TaskType
 from rsauto.errors import InputError, nearest
+from rsauto.records import RankPattern
 
 Targets = str | tuple[str, ...]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Bits = Literal[4, 8]
 
-PlannedMethod = Literal["lora", "rslora", "dora", "peft_adalora"]
-"""lora and rslora need the same memory: they differ by a number. peft_adalora is PEFT's own, at
-its initial rank, where its memory peaks."""
+PlannedMethod = Literal["lora", "rslora", "adalora", "rsadalora", "dora", "peft_adalora"]
+"""lora and rslora need the same memory, as do adalora and rsadalora: they differ by a number.
+peft_adalora is PEFT's own. The rank of the three is the initial one, where their memory peaks."""
 
 PlannedOptimizer = Literal[
     "adamw", "adamw_foreach", "adamw_loop", "adamw_8bit", "adafactor", "sgd"
@@ -40,6 +41,12 @@ class StepKind:
     task: TaskType = "CAUSAL_LM"
     method: PlannedMethod = "lora"
     target_modules: Targets = "all-linear"
+    rank_pattern: RankPattern | None = None
+    """Rank of each module, where they differ; the rank of a `StepSize` then says nothing."""
+    score: Literal["full", "lambda"] = "full"
+    """Of adalora and rsadalora: what their importance is gathered of."""
+    orth_reg: bool = True
+    """Of adalora and rsadalora: whether P and Q are kept near orthogonal."""
     lora_dropout: float = 0.0
     dtype: DtypeName
     """Of the base weights."""
@@ -106,6 +113,7 @@ class Prediction:
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "task": get_args(TaskType),
     "method": get_args(PlannedMethod),
+    "score": ("full", "lambda"),
     "dtype": get_args(DtypeName),
     "adapter_dtype": get_args(DtypeName),
     "autocast": (None, "bfloat16", "float16"),
@@ -116,7 +124,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-_SWITCHES = ("gradient_checkpointing", "use_reentrant", "clip", "padded", "has_token_types")
+_SWITCHES = (
+    "orth_reg",
+    "gradient_checkpointing",
+    "use_reentrant",
+    "clip",
+    "padded",
+    "has_token_types",
+)
 
 
 def require_known(kind: StepKind) -> None:

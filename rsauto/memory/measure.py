@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -22,10 +22,20 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class PeakMeter:
-    """Measures one trial, from its construction on. `optimizer` is the one that trains `model`."""
+    """Measures one trial, from its construction on. `optimizer` is the one that trains `model`.
 
-    def __init__(self, device: torch.device, model: nn.Module, optimizer: Optimizer) -> None:
+    `kept` gives what else is kept from step to step, such as AdaLoRA's importance.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        model: nn.Module,
+        optimizer: Optimizer,
+        kept: Callable[[], Iterator[Tensor]] | None = None,
+    ) -> None:
         self._device = device
+        self._kept = kept
         self._model = model
         self._optimizer = optimizer
         self._peak_bytes: int | None = None
@@ -71,6 +81,8 @@ class PeakMeter:
         for value in chain.from_iterable(s.values() for s in self._optimizer.state.values()):
             if isinstance(value, Tensor):
                 yield value
+        if self._kept is not None:
+            yield from self._kept()
 
 
 def _quantisation_scales(model: nn.Module) -> Iterator[Tensor]:

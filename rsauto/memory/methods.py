@@ -15,10 +15,11 @@ from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rsauto.adapters.adalora import add_adalora, allocator_of
 from rsauto.adapters.head import head_module_names, hold_heads_in_float32, is_classifier
 from rsauto.adapters.lora import add_adapter, has_conv1d, lora_layers, target_module_names, wrap
 from rsauto.memory.kinds import StepKind
-from rsauto.records import TrialSpec
+from rsauto.records import AllocationSpec, TrialSpec
 
 
 def _nothing(_adapted: nn.Module) -> Iterator[Tensor]:
@@ -47,6 +48,7 @@ def _adapt_lora(model: PreTrainedModel, kind: StepKind, rank: int, **options: An
         alpha=rank,
         scaling_rule="rslora",
         target_modules=kind.target_modules,
+        rank_pattern=kind.rank_pattern,
         learning_rate=1e-4,
     )
     options["lora_dropout"] = kind.lora_dropout
@@ -55,6 +57,36 @@ def _adapt_lora(model: PreTrainedModel, kind: StepKind, rank: int, **options: An
 
 def _adapt_dora(model: PreTrainedModel, kind: StepKind, rank: int) -> PeftModel:
     return _adapt_lora(model, kind, rank, use_dora=True)
+
+
+def _adapt_adalora(model: PreTrainedModel, kind: StepKind, rank: int) -> PeftModel:
+    """At its initial rank, before the first pruning, which is when it needs most."""
+    spec = TrialSpec(
+        role="search",
+        method="rsadalora",
+        rank=1,
+        alpha=rank,
+        scaling_rule="rslora",
+        target_modules=kind.target_modules,
+        learning_rate=1e-4,
+        init_rank=rank,
+        target_rank=1,
+        allocation=AllocationSpec(
+            tinit=0, tfinal=0, score=kind.score, orth_reg_weight=0.1 if kind.orth_reg else 0.0
+        ),
+    )
+    return add_adalora(model, spec, lora_dropout=kind.lora_dropout)
+
+
+def _gather(adapted: nn.Module) -> None:
+    """Without the look at whether gradients are finite, which needs values."""
+    assert isinstance(adapted, PeftModel)
+    allocator_of(adapted).gather()
+
+
+def _gathered(adapted: nn.Module) -> Iterator[Tensor]:
+    assert isinstance(adapted, PeftModel)
+    return allocator_of(adapted).tensors()
 
 
 def _adapt_peft_adalora(model: PreTrainedModel, kind: StepKind, rank: int) -> PeftModel:
@@ -112,10 +144,13 @@ def _importance(adapted: nn.Module) -> Iterator[Tensor]:
 
 
 _LORA = TracedMethod(adapt=_adapt_lora)
+_ADALORA = TracedMethod(adapt=_adapt_adalora, after_step=_gather, kept=_gathered)
 
 METHODS: dict[str, TracedMethod] = {
     "lora": _LORA,
     "rslora": _LORA,
+    "adalora": _ADALORA,
+    "rsadalora": _ADALORA,
     "dora": TracedMethod(adapt=_adapt_dora),
     "peft_adalora": TracedMethod(
         adapt=_adapt_peft_adalora,

@@ -12,8 +12,16 @@ from dataclasses import replace
 from typing import Literal, TypedDict, Unpack
 
 from rsauto.devices import outside_bytes as outside_bytes_of
-from rsauto.memory.kinds import PlannedOptimizer, Prediction, StepKind, StepSize, Targets
+from rsauto.memory.kinds import (
+    PlannedMethod,
+    PlannedOptimizer,
+    Prediction,
+    StepKind,
+    StepSize,
+    Targets,
+)
 from rsauto.memory.profiles import Profiles
+from rsauto.records import RankPattern
 
 MicroBatch = int | Literal["auto"]
 
@@ -24,7 +32,11 @@ ALLOWANCE = 0.02
 class TrialSettings(TypedDict, total=False):
     """What a trial may change of the planner's kind of step."""
 
+    method: PlannedMethod
     target_modules: Targets
+    rank_pattern: RankPattern | None
+    score: Literal["full", "lambda"]
+    orth_reg: bool
     optimizer: PlannedOptimizer
     clip: bool
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from rsauto.config import RateRange, SearchConfig
+from rsauto.choices import RateRange
+from rsauto.config import SearchConfig
 from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
 from rsauto.search.space import Space
 

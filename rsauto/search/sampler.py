@@ -35,18 +35,18 @@ class Attempt:
 def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> TrialSpec | None:
     """The next search trial, or None when every point has been tried.
 
-    Rank and layers decide the memory, so what was refused once with them is not proposed again.
+    Rank, layers and method decide the memory: what was refused once is not proposed again.
     """
     tried = {attempt.spec.configuration() for attempt in attempts}
     refused = {
-        (a.spec.rank, a.spec.target_modules)
+        (a.spec.rank, a.spec.target_modules, a.spec.method)
         for a in attempts
         if a.record is not None and a.record.outcome == "infeasible"
     }
 
     def is_new(spec: TrialSpec) -> bool:
         return spec.configuration() not in tried and (
-            (spec.rank, spec.target_modules) not in refused
+            (spec.rank, spec.target_modules, spec.method) not in refused
         )
 
     if config.search.sampler == "grid":

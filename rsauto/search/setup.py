@@ -38,10 +38,10 @@ from rsauto.data import (
 from rsauto.devices import card_of, outside_bytes
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
-from rsauto.memory.planner import MemoryPlanner
+from rsauto.memory.planner import MemoryPlanner, TrialSettings
 from rsauto.memory.profiles import Profiles
 from rsauto.quantisation import saved_bits
-from rsauto.records import TrialSpec
+from rsauto.records import AllocationSpec, TrialSpec
 from rsauto.search.space import Space
 from rsauto.training.evaluate import FORGETTING_METRICS, METRICS
 from rsauto.units import bytes_text
@@ -74,27 +74,25 @@ class Setup:
 
     def predict(self, spec: TrialSpec) -> Prediction | None:
         """The trial at the largest micro-batch that fits the budget, None when none does."""
-        return self.planner.largest_micro_batch(
-            spec.rank,
+        found = self.planner.largest_micro_batch(
+            spec.init_rank or spec.rank,
             memory_budget_bytes=self.memory_budget_bytes,
-            target_modules=spec.target_modules,
-            optimizer=spec.optimizer,
             batch_size=spec.batch_size,
             micro_batch_size=self.config.training.micro_batch_size,
-            clip=spec.max_grad_norm is not None,
+            **_planned(spec),
         )
+        return None if found is None else replace(found, rank=spec.rank)
 
     def smallest_prediction(self, spec: TrialSpec) -> Prediction:
         """What the trial needs at the smallest micro-batch it may use."""
         micro = self.config.training.micro_batch_size
-        return self.planner.predict(
-            spec.rank,
-            target_modules=spec.target_modules,
-            optimizer=spec.optimizer,
+        found = self.planner.predict(
+            spec.init_rank or spec.rank,
             batch_size=spec.batch_size,
             micro_batch_size=1 if micro == "auto" else micro,
-            clip=spec.max_grad_norm is not None,
+            **_planned(spec),
         )
+        return replace(found, rank=spec.rank)
 
     def load_model(self) -> LoadedBase:
         """The base model on the device, frozen."""
@@ -102,6 +100,22 @@ class Setup:
             checkpointing = self.config.model.gradient_checkpointing
             return LoadedBase(to_device(prepare(self.objects.model, checkpointing), self.device))
         return load_weights(self.source, self.config.model, self.device)
+
+
+def _planned(spec: TrialSpec) -> TrialSettings:
+    """What the memory of a trial depends on, beside its rank and batch. AdaLoRA needs most at its
+    initial rank."""
+    allocation = spec.allocation or AllocationSpec(tinit=0, tfinal=0)
+    return {
+        # Equal kinds of step share their traces: the scaling rule is of no account.
+        "method": "lora" if spec.allocation is None else "adalora",
+        "target_modules": spec.target_modules,
+        "rank_pattern": spec.rank_pattern,
+        "score": allocation.score,
+        "orth_reg": allocation.orth_reg_weight > 0,
+        "optimizer": spec.optimizer,
+        "clip": spec.max_grad_norm is not None,
+    }
 
 
 def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
@@ -224,9 +238,10 @@ def with_allowance(setup: Setup, share: float) -> Setup:
 
 
 def probes(setup: Setup, rank: int) -> list[TrialSpec]:
-    """One trial of ``rank`` for every choice of layers; the other settings do not change bytes."""
-    middle = setup.space.middle(rank)
-    return [replace(middle, target_modules=t) for t in setup.config.target_choices()]
+    """One trial of ``rank`` for every method and choice of layers; nothing else changes bytes."""
+    middles = [setup.space.middle(rank, method) for method in setup.config.search.method]
+    choices = setup.config.target_choices()
+    return [replace(middle, target_modules=t) for middle in middles for t in choices]
 
 
 def _feasible_ranks(setup: Setup) -> tuple[int, ...]:

@@ -20,11 +20,19 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from rsauto.config import PowerRange, RateRange, StudyConfig
-from rsauto.records import Method, TrialSpec
-from rsauto.scaling import learning_rate_exponent, transferred_learning_rate
+from rsauto.choices import PowerRange, RateRange
+from rsauto.config import StudyConfig
+from rsauto.records import ADALORA_METHODS, AllocationSpec, Method, TrialSpec
+from rsauto.scaling import ScalingRule, learning_rate_exponent, transferred_learning_rate
 
 Params = dict[str, Any]
+
+SCALING_RULES: dict[Method, ScalingRule] = {
+    "lora": "lora",
+    "rslora": "rslora",
+    "adalora": "lora",
+    "rsadalora": "rslora",
+}
 
 STORED_DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "method": CategoricalDistribution(("lora", "rslora", "adalora", "rsadalora")),
@@ -58,6 +66,7 @@ class Space:
             "log2_alpha": _powers(search.alpha, search.alphas),
             "alpha": _listed(search.alpha, search.alphas),
             "lr_ratio": _categorical(search.lr_ratio),
+            "lambda_lr_ratio": _categorical(self._lambda_lr_ratios()),
             "target_modules": _categorical(range(len(self.config.target_choices()))),
         }
         rate = search.learning_rate
@@ -79,12 +88,13 @@ class Space:
             method=method,
             rank=rank,
             alpha=self._alpha(params),
-            scaling_rule=method,
+            scaling_rule=SCALING_RULES[method],
             learning_rate=self._learning_rate(params, method, rank),
             lr_ratio=params.get("lr_ratio", search.lr_ratio[0]),
             target_modules=targets[params.get("target_modules", 0)],
         )
-        return self._with_training(chosen)
+        ratio = params.get("lambda_lr_ratio", self.config.adalora.lambda_lr_ratio[0])
+        return self._with_training(self._with_allocation(chosen, ratio))
 
     def params(self, spec: TrialSpec) -> Params | None:
         """The sampler's choice that stands for a trial, None when it lies outside the space."""
@@ -98,6 +108,7 @@ class Space:
             "alpha": spec.alpha,
             "log2_alpha": round(math.log2(spec.alpha)),
             "lr_ratio": spec.lr_ratio,
+            "lambda_lr_ratio": spec.lambda_lr_ratio or self.config.adalora.lambda_lr_ratio[0],
             "target_modules": targets.index(spec.target_modules),
             "learning_rate": spec.learning_rate,
         }
@@ -120,24 +131,36 @@ class Space:
             search.lr_ratio,
             range(len(self.config.target_choices())),
             search.learning_rate,
+            self._lambda_lr_ratios() or (1.0,),
         )
-        for rank, method, alpha, lr_ratio, targets, rate in itertools.product(*axes):
+        seen = set()
+        for rank, method, alpha, lr_ratio, targets, rate, ratio in itertools.product(*axes):
             chosen = TrialSpec(
                 role="search",
                 method=method,
                 rank=rank,
                 alpha=alpha,
-                scaling_rule=method,
+                scaling_rule=SCALING_RULES[method],
                 learning_rate=rate,
                 lr_ratio=lr_ratio,
                 target_modules=self.config.target_choices()[targets],
             )
-            yield self._with_training(chosen)
+            spec = self._with_training(self._with_allocation(chosen, ratio))
+            if spec not in seen:  # a ratio for lambda is of no account to LoRA
+                seen.add(spec)
+                yield spec
 
-    def middle(self, rank: int) -> TrialSpec:
-        """The trial in the middle of the space at ``rank``, rates at the centre of their range."""
+    def middle(self, rank: int, method: Method | None = None) -> TrialSpec:
+        """The trial in the middle of the space at ``rank``, rates at the centre of their range.
+
+        Of the first method unless told otherwise.
+        """
         search = self.config.search
-        params: Params = {"rank": rank, "alpha": _middle(search.alphas)}
+        params: Params = {
+            "rank": rank,
+            "alpha": _middle(search.alphas),
+            "method": method or search.method[0],
+        }
         if not isinstance(search.learning_rate, RateRange):
             params["learning_rate"] = _middle(sorted(search.learning_rate))
         return self.spec(params)
@@ -170,13 +193,15 @@ class Space:
     def centre(self, method: Method, rank: int) -> float:
         """Where a learning-rate range is centred at ``rank``, by the prior of its scaling rule.
 
-        The geometric mean of the range at reference_rank, moved by `learning_rate_exponent`.
+        The geometric mean of the range at reference_rank, moved by `learning_rate_exponent`. No
+        law is assumed for AdaLoRA.
         """
         search = self.config.search
         assert isinstance(search.learning_rate, RateRange)
-        assert method in ("rslora", "lora")
         middle = math.sqrt(search.learning_rate.low * search.learning_rate.high)
-        exponent = learning_rate_exponent(method, self.config.training.optimizer)
+        if method in ADALORA_METHODS:
+            return middle
+        exponent = learning_rate_exponent(SCALING_RULES[method], self.config.training.optimizer)
         return transferred_learning_rate(middle, search.reference_rank, rank, exponent)
 
     def _rank(self, params: Params) -> int:
@@ -196,10 +221,42 @@ class Space:
             return float(f"{exact:.4g}")  # what a person would copy is what was run
         return float(params.get("learning_rate", rate[0]))
 
+    def _lambda_lr_ratios(self) -> tuple[float, ...]:
+        return self.config.adalora.lambda_lr_ratio if self.config.allocates() else ()
+
+    def _with_allocation(self, spec: TrialSpec, lambda_lr_ratio: float) -> TrialSpec:
+        """What only AdaLoRA has; other methods are left as they are."""
+        if spec.method not in ADALORA_METHODS:
+            return spec
+        chosen = self.config.adalora
+        allocation = AllocationSpec(
+            tinit=int(chosen.warmup_share * self.steps),
+            tfinal=int(chosen.final_share * self.steps),
+            delta_t=chosen.interval,
+            beta1=chosen.beta1,
+            beta2=chosen.beta2,
+            orth_reg_weight=chosen.orth_reg_weight,
+            orth_reg_form=chosen.orth_reg_form,
+            score=chosen.score,
+            recovery=chosen.recovery,
+            scale_rank=chosen.scale_rank,
+            init_std=chosen.init_std,
+        )
+        return replace(
+            spec,
+            init_rank=math.ceil(chosen.init_ratio * spec.rank),
+            target_rank=spec.rank,
+            lambda_lr_ratio=lambda_lr_ratio,
+            allocation=allocation,
+        )
+
     def _values_match(self, spec: TrialSpec) -> bool:
         search = self.config.search
+        ratios = (None, *self._lambda_lr_ratios())
         return (
-            spec.method in search.method
+            spec.rank_pattern is None
+            and spec.lambda_lr_ratio in ratios
+            and spec.method in search.method
             and spec.alpha in search.alphas
             and spec.lr_ratio in search.lr_ratio
             and spec.rank in self.ranks

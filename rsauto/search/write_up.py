@@ -18,8 +18,8 @@ from rsauto.training.trial import Trial
 _FROM_SPEC = (
     "role", "method", "rank", "init_rank", "target_rank", "alpha", "scaling_rule",
     "scaling_exponent", "init_scale", "target_modules", "learning_rate", "lr_ratio",
-    "lambda_lr_ratio", "head_learning_rate", "adapter_dtype", "quant_bits", "optimizer",
-    "schedule", "warmup_share", "weight_decay", "max_grad_norm", "batch_size",
+    "lambda_lr_ratio", "allocation", "head_learning_rate", "adapter_dtype", "quant_bits",
+    "optimizer", "schedule", "warmup_share", "weight_decay", "max_grad_norm", "batch_size",
     "micro_batch_size", "max_length", "num_evals", "seed", "retry_of",
 )  # fmt: skip
 
@@ -38,12 +38,14 @@ def trial_record(
     tokens = run.last.tokens if run.last else 0
     metrics = dict(last_point.metrics) if last_point else {}
     seconds = run.train_seconds
+    pattern = run.rank_pattern
     return TrialRecord(
         number=number,
         outcome=outcome,
         **{name: getattr(spec, name) for name in _FROM_SPEC},
-        gamma_r=gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent),
-        r_max=spec.rank,
+        gamma_r=_gamma_r(spec),
+        r_max=max(pattern.values()) if pattern else spec.rank,
+        rank_pattern=pattern,
         steps=steps,
         tokens=tokens,
         fidelity=steps / spec.steps,
@@ -52,7 +54,7 @@ def trial_record(
         metrics=metrics,
         curve=tuple(run.curve),
         num_trainable_params=prediction.num_trainable_params,
-        flops=run.flops,
+        flops=run.flops or None,
         predicted_peak_bytes=prediction.peak_bytes,
         predicted_reserved_bytes=prediction.reserved_bytes,
         measured_peak_bytes=run.measured_peak_bytes,
@@ -71,8 +73,8 @@ def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> Tri
         outcome="infeasible",
         **{name: getattr(spec, name) for name in _FROM_SPEC if name != "micro_batch_size"},
         micro_batch_size=smallest.micro_batch_size,
-        gamma_r=gamma_r(spec.scaling_rule, spec.alpha, spec.rank, spec.scaling_exponent),
-        r_max=spec.rank,
+        gamma_r=_gamma_r(spec),
+        r_max=spec.init_rank or spec.rank,
         num_trainable_params=smallest.num_trainable_params,
         predicted_peak_bytes=smallest.peak_bytes,
         predicted_reserved_bytes=smallest.reserved_bytes,
@@ -80,6 +82,14 @@ def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> Tri
         started_at=now(),
         error="does not fit the memory budget",
     )
+
+
+def _gamma_r(spec: TrialSpec) -> float:
+    """The factor as training begins: of AdaLoRA's chosen rank, and of a pattern's mean rank."""
+    rank = spec.rank
+    if spec.allocation is not None and spec.allocation.scale_rank != "target":
+        rank = spec.init_rank or rank
+    return gamma_r(spec.scaling_rule, spec.alpha, rank, spec.scaling_exponent)
 
 
 def trial_card(

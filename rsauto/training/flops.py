@@ -6,6 +6,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rsauto.adalora.layer import SvdLayer
+
 
 def training_flops(adapted: PeftModel, num_tokens: int) -> float:
     """Multiply-adds counted as two, for forward and backward over ``num_tokens`` tokens.
@@ -21,10 +23,15 @@ def training_flops(adapted: PeftModel, num_tokens: int) -> float:
 
 
 def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """(frozen, trainable) numbers of weights in linear layers; a tied output head counts."""
+    """(frozen, trainable) numbers of weights in linear layers; a tied output head counts.
+
+    AdaLoRA's P and Q count as two linear layers; lambda scales a vector and is left out.
+    """
     frozen = trainable = 0
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, SvdLayer):
+            trainable += sum(p.numel() for p in (*module.lora_A.values(), *module.lora_B.values()))
+        elif isinstance(module, (nn.Linear, Conv1D)):
             if module.weight.requires_grad:
                 trainable += _num_weights(module)
             else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,12 @@ def train(
     device: torch.device,
     meter: PeakMeter | None = None,
     untouched_general_loss: float | None = None,
+    allocate: Callable[[int], None] | None = None,
 ) -> Iterator[StepPoint]:
     """Trains the adapter of ``model`` as ``spec`` says, yielding once per optimizer step.
+
+    ``allocate`` is called with the step after every optimizer step, while its gradients are there:
+    AdaLoRA places its rank.
 
     The data order depends on ``spec.seed`` alone, so trials of one seed see the same batches.
     ``untouched_general_loss`` is the base model's loss on ``data.general``, from which forgetting
@@ -67,6 +71,8 @@ def train(
             if spec.max_grad_norm is not None:
                 clip_gradients(parameters, total_norm, spec.max_grad_norm)
             optimizer.step()
+            if allocate is not None:
+                allocate(step)
             optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
         losses.append(loss)

@@ -19,6 +19,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from rsauto.adapters.adalora import add_adalora, allocator_of
 from rsauto.adapters.export import save_adapter
 from rsauto.adapters.head import initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
@@ -68,6 +69,8 @@ class Trial:
         self.last: StepPoint | None = None
         self.train_seconds = 0.0
         """Wall time in optimizer steps, evaluation and the caller's own time excluded."""
+        self.flops = 0.0
+        """Floating-point operations of the steps done so far, see `training_flops`."""
         self._adapted: PeftModel | None = None
         self._meter: PeakMeter | None = None
 
@@ -97,9 +100,17 @@ class Trial:
                 lr_ratio=self.spec.lr_ratio,
                 weight_decay=self.spec.weight_decay,
                 head_learning_rate=self.spec.head_learning_rate,
+                lambda_lr_ratio=self.spec.lambda_lr_ratio,
             )
             device = self.bench.device
-            self._meter = PeakMeter(device, adapted, optimizer)
+            allocator = allocator_of(adapted) if self.spec.allocation is not None else None
+            kept = allocator.tensors if allocator is not None else None
+            self._meter = PeakMeter(device, adapted, optimizer, kept)
+
+            def allocate(step: int) -> None:
+                if allocator is not None:
+                    allocator.update_and_allocate(step, optimizer)
+
             points = train(
                 adapted,
                 optimizer,
@@ -108,8 +119,10 @@ class Trial:
                 device=device,
                 meter=self._meter,
                 untouched_general_loss=self.bench.untouched_general_loss,
+                allocate=allocate,
             )
             for point in points:
+                self.flops += training_flops(adapted, point.tokens - self._num_tokens)
                 self.last = point
                 self.train_seconds += point.seconds
                 if point.evaluation is not None:
@@ -138,16 +151,23 @@ class Trial:
         return sum(p.numel() for p in trainable_parameters(self._adapted).values())
 
     @property
-    def flops(self) -> float | None:
-        """Floating-point operations of the steps done so far, see `training_flops`."""
-        if self._adapted is None or self.last is None:
+    def rank_pattern(self) -> dict[str, int] | None:
+        """Rank of each module as it is now, None where all have the same by design."""
+        if self.spec.rank_pattern is not None:
+            return dict(self.spec.rank_pattern)
+        if self._adapted is None or self.spec.allocation is None:
             return None
-        return training_flops(self._adapted, self.last.tokens)
+        return allocator_of(self._adapted).rank_pattern
+
+    @property
+    def _num_tokens(self) -> int:
+        return 0 if self.last is None else self.last.tokens
 
     def _put_on_adapter(self) -> PeftModel:
         torch.manual_seed(self.spec.seed)
         initialise_head(self.bench.model, self.bench.fresh_parameters)
-        self._adapted = add_adapter(self.bench.model, self.spec)
+        add = add_adapter if self.spec.allocation is None else add_adalora
+        self._adapted = add(self.bench.model, self.spec)
         self._adapted.to(self.bench.device)
         return self._adapted
 
