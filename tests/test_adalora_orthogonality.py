@@ -151,8 +151,8 @@ def test_training_is_training_on_the_loss_and_the_penalty_once(
     optimizer: str, form: OrthForm, num_micro: int
 ) -> None:
     """Gradients at every step, and values after three, whatever the number of micro-batches."""
-    ours = adapted(orth_reg_weight=WEIGHT, orth_reg_form=form)
-    theirs = adapted(orth_reg_weight=0.0)
+    ours = adapted(orth_reg_weight=WEIGHT, orth_reg_form=form, lora_alpha=1)
+    theirs = adapted(orth_reg_weight=0.0, lora_alpha=1)
     steppers = [OPTIMIZERS[optimizer](model.parameters()) for model in (ours, theirs)]
     for _ in range(NUM_STEPS):
         for x, y in batches(num_micro):
@@ -216,6 +216,26 @@ def test_a_copy_of_a_model_is_regularised_as_well() -> None:
         gradients_after_a_step(model, list(model.parameters())), of_copy, strict=True
     ):
         assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_a_step_with_a_closure_is_regularised_as_well() -> None:
+    """The closure empties the gradients and finds them anew, inside of the step."""
+    model = adapted(orth_reg_weight=WEIGHT)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    ((x, y),) = batches(1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = data_loss(model, x, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    same = adapted(orth_reg_weight=WEIGHT)
+    expected = gradients_after_a_step(same, list(same.parameters()))
+    for parameter, other in zip(factors_of(model).values(), expected, strict=True):
+        assert other is not None
+        torch.testing.assert_close(parameter.grad, other)
 
 
 @pytest.mark.parametrize("fused", [False, True])

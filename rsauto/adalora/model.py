@@ -64,6 +64,7 @@ class RsAdaLoraModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         config: RsAdaLoraConfig = lora_config
+        self._allocators.pop(adapter_name, None)
         if isinstance(target, SvdLayer):
             target.update_layer(adapter_name, config.init_r, config.lora_alpha, config=config)
             return
@@ -86,8 +87,22 @@ class RsAdaLoraModel(LoraModel):
     def allocator(self, adapter_name: str | None = None) -> RankAllocator:
         """The rank allocator of an adapter, of the trained one unless told otherwise."""
         name = adapter_name or self.trained_adapter
-        layers = {key: layer for key, layer in svd_layers(self.model) if name in layer.triplets}
-        return RankAllocator(layers, self.config_of(name), name)
+        known = self._allocators
+        if name not in known:
+            layers = {key: layer for key, layer in svd_layers(self.model) if name in layer.triplets}
+            known[name] = RankAllocator(layers, self.config_of(name), name)
+        return known[name]
+
+    @property
+    def _allocators(self) -> dict[str, RankAllocator]:
+        """Made when they are first asked for, because finding the layers takes time."""
+        found: dict[str, RankAllocator] = self.__dict__.setdefault("_allocators_by_adapter", {})
+        return found
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes the adapter and what its allocation knows."""
+        super().delete_adapter(adapter_name)
+        self._allocators.pop(adapter_name, None)
 
     def config_of(self, adapter_name: str) -> RsAdaLoraConfig:
         """The configuration of an adapter."""

@@ -42,8 +42,8 @@ def orthogonality_gradient(factor: Tensor, rank_dim: int, form: OrthForm) -> Ten
     deviation = _deviation(factor, rank_dim)
     scale: Tensor | float = 4.0
     if form == "norm":
-        norm = torch.linalg.matrix_norm(deviation)
-        scale = torch.where(norm > 0, 2.0 / norm, 0.0)
+        # Where the norm is zero so is the gradient, whatever zeros are multiplied by.
+        scale = 2.0 / deviation.norm().clamp_min(torch.finfo(deviation.dtype).tiny ** 0.5)
     deviation *= scale
     return deviation @ factor if rank_dim == 0 else factor @ deviation
 

@@ -121,8 +121,12 @@ class Trial:
                 untouched_general_loss=self.bench.untouched_general_loss,
                 allocate=allocate,
             )
+            flops_per_token = training_flops(adapted, 1)
+            shrinks = self.spec.allocation is not None and self.spec.allocation.recovery == "none"
             for point in points:
-                self.flops += training_flops(adapted, point.tokens - self._num_tokens)
+                self.flops += flops_per_token * (point.tokens - self._num_tokens)
+                if shrinks:
+                    flops_per_token = training_flops(adapted, 1)
                 self.last = point
                 self.train_seconds += point.seconds
                 if point.evaluation is not None:
