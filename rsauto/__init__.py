@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsauto.adalora import RsAdaLoraCallback, RsAdaLoraConfig
+    from rsauto.adapters.export import export_lora
+    from rsauto.adapters.stock_adalora import export_adalora
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "RsAdaLoraCallback": "rsauto.adalora",
     "RsAdaLoraConfig": "rsauto.adalora",
+    "export_adalora": "rsauto.adapters.stock_adalora",
+    "export_lora": "rsauto.adapters.export",
     "run_study": "rsauto.api",
     "StudyConfig": "rsauto.config",
     "RsautoError": "rsauto.errors",
@@ -44,6 +48,8 @@ __all__ = [
     "RsautoError",
     "Study",
     "StudyConfig",
+    "export_adalora",
+    "export_lora",
     "load_study",
     "pareto",
     "plan",

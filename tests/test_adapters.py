@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from transformers.optimization import Adafactor
 
 from rsauto.adapters import export
-from rsauto.adapters.export import save_adapter
+from rsauto.adapters.export import export_lora
 from rsauto.adapters.lora import (
     add_adapter,
     lora_layers,
@@ -312,7 +312,9 @@ def test_stock_peft_loads_what_was_saved_and_gives_the_same_logits(
     fresh = copy.deepcopy(model)
     adapted = add_adapter(model, spec_of(rule=rule, alpha=16))
     train_a_little(adapted)
-    num_bytes = save_adapter(adapted, tmp_path / "best", base_name="embedded", card="# card\n")
+    num_bytes = export_lora(
+        adapted, tmp_path / "best", base_name="embedded", card="# card\n"
+    ).num_bytes
     base_logits, trained = logits_of(fresh), logits_of(adapted)
     loaded = logits_of(PeftModel.from_pretrained(fresh, tmp_path / "best"))
     assert float((trained - base_logits).abs().max()) > 0.5
@@ -325,7 +327,7 @@ def test_the_saved_adapter_is_plain_lora_of_scale_one(
 ) -> None:
     adapted = add_adapter(llama, spec_of(rank=4, alpha=32))
     train_a_little(adapted, steps=1)
-    save_adapter(adapted, tmp_path / "best", base_name="embedded", card="# card\n")
+    export_lora(adapted, tmp_path / "best", base_name="embedded", card="# card\n")
     text = (tmp_path / "best" / "adapter_config.json").read_text(encoding="utf-8")
     config = json.loads(text)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
@@ -347,10 +349,10 @@ def test_saving_replaces_the_adapter_that_was_there(
     llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     adapted = add_adapter(llama, spec_of())
-    save_adapter(adapted, tmp_path / "best", base_name="embedded", card="first")
+    export_lora(adapted, tmp_path / "best", base_name="embedded", card="first")
     old = fingerprint(tmp_path / "best")
     train_a_little(adapted)
-    save_adapter(adapted, tmp_path / "best", base_name="embedded", card="second")
+    export_lora(adapted, tmp_path / "best", base_name="embedded", card="second")
     new = fingerprint(tmp_path / "best")
     assert new["README.md"] == b"second"
     assert new["adapter_model.safetensors"] != old["adapter_model.safetensors"]
@@ -362,7 +364,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     adapted = add_adapter(llama, spec_of())
-    save_adapter(adapted, tmp_path / "best", base_name="embedded", card="first")
+    export_lora(adapted, tmp_path / "best", base_name="embedded", card="first")
     old = fingerprint(tmp_path / "best")
     train_a_little(adapted, steps=1)
 
@@ -383,7 +385,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     else:
         monkeypatch.setattr(export.os, "replace", full_for_the_new_one)
     with pytest.raises(OSError, match="No space left"):
-        save_adapter(adapted, tmp_path / "best", base_name="embedded", card="second")
+        export_lora(adapted, tmp_path / "best", base_name="embedded", card="second")
     monkeypatch.undo()
     assert fingerprint(tmp_path / "best") == old
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
@@ -409,7 +411,7 @@ def test_full_names_are_used_where_a_short_one_would_select_more(
     adapted = add_adapter(gpt2, spec_of(target_modules="attention"))
     assert short_target_names(adapted) == target_module_names(fresh, "attention")
     train_a_little(adapted)
-    save_adapter(adapted, tmp_path / "best", base_name="embedded", card="")
+    export_lora(adapted, tmp_path / "best", base_name="embedded", card="")
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "best")
     assert len(list(lora_layers(loaded))) == 4
     torch.testing.assert_close(logits_of(loaded), logits_of(adapted), rtol=0, atol=1e-5)

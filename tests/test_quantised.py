@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rsauto.adapters.export import save_adapter
+from rsauto.adapters.export import export_lora
 from rsauto.adapters.lora import add_adapter, lora_layers, remove_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
 from rsauto.api import run_study
@@ -279,7 +279,7 @@ def test_export_reloads_in_peft_on_the_same_base(
         trained = float(loss_of(adapted.eval()))
         with adapted.disable_adapter():
             untrained = float(loss_of(adapted))
-    save_adapter(adapted, tmp_path / "adapter", base_name="base", card="")
+    export_lora(adapted, tmp_path / "adapter", base_name="base", card="")
     reloaded = PeftModel.from_pretrained(quantised(llama_folder, bits), tmp_path / "adapter")
     dtype = torch.float32 if adapter_dtype == "float32" else torch.bfloat16
     for layer in lora_layers(reloaded):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -27,20 +28,52 @@ Folded = dict[str, tuple[Tensor, Tensor]]
 """Name of a module to (A, B), (r x d_in) and (d_out x r) in float32: Delta W = B A."""
 
 
-def save_adapter(
-    adapted: PeftModel, folder: Path, *, base_name: str, card: str, padded: bool = False
-) -> int:
-    """Writes ``folder`` as a PEFT LoRA adapter of scale 1, all or nothing.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An adapter as it was written."""
 
-    Returns the size of its weights in bytes. ``card`` becomes README.md. Where modules have
-    different ranks each is written with its own, or, ``padded``, all with the largest one, filled
-    up with zeros, for loaders that know only one rank.
+    num_bytes: int
+    """Of its weights."""
+    rank_pattern: dict[str, int]
+    """Rank of every adapted module."""
+
+    @property
+    def r_max(self) -> int:
+        """The largest rank, which a server must allow (vLLM: max_lora_rank)."""
+        return max(self.rank_pattern.values())
+
+
+def export_lora(
+    model: PeftModel,
+    folder: Path | str,
+    *,
+    padded: bool = False,
+    adapter_name: str = ADAPTER_NAME,
+    base_name: str | None = None,
+    card: str = "",
+) -> Exported:
+    """Writes a LoRA or AdaLoRA adapter as PEFT LoRA of scale 1, all or nothing.
+
+    Where modules have different ranks each is written with its own, or, ``padded``, all with the
+    largest one, filled up with zeros, for loaders that know only one rank. ``card`` becomes
+    README.md; ``base_name`` the base model's name, where it is another than the adapter has.
+
+    Raises ValueError for an adapter that is not there, or that has no active rank at all.
     """
-    folded = folded_factors(adapted)
+    folded = folded_factors(model, adapter_name)
+    if not folded:
+        raise ValueError(
+            f"adapter_name: {adapter_name!r} has nothing to write; the model has "
+            f"{', '.join(map(repr, model.peft_config))}."
+        )
     if padded:
         folded = _padded(folded)
-    config = _plain_config(adapted, folded, base_name)
-    return write_adapter(folder, _tensors(adapted, folded), config, card)
+    tensors = {**_tensors(folded), **other_tensors(model, adapter_name)}
+    config = _plain_config(model, folded, adapter_name)
+    if base_name is not None:
+        config.base_model_name_or_path = base_name
+    num_bytes = write_adapter(Path(folder), tensors, config, card)
+    return Exported(num_bytes, {name: len(a) for name, (a, _) in folded.items()})
 
 
 def write_adapter(
@@ -87,10 +120,12 @@ def folded_factors(adapted: PeftModel, adapter_name: str = ADAPTER_NAME) -> Fold
     """
     folded: Folded = {}
     for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
         if isinstance(layer, SvdLayer):
             if layer.triplets[adapter_name].active_rank:
                 folded[name] = _folded_svd(layer, adapter_name)
-        elif isinstance(layer, LoraLayer):
+        else:
             a = layer.lora_A[adapter_name].get_parameter("weight")
             b = layer.lora_B[adapter_name].get_parameter("weight")
             folded[name] = (a.float(), b.float() * layer.scaling[adapter_name])
@@ -125,26 +160,23 @@ def _padded(folded: Folded) -> Folded:
     }
 
 
-def _tensors(adapted: PeftModel, folded: Folded) -> dict[str, Tensor]:
-    """In PEFT's naming, with a classifier's head as it was trained."""
+def _tensors(folded: Folded) -> dict[str, Tensor]:
+    """In PEFT's naming."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in folded.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    return {**tensors, **head_tensors(adapted)}
+    return tensors
 
 
-def head_tensors(adapted: PeftModel) -> dict[str, Tensor]:
-    """A classifier's head, float32, in PEFT's naming; nothing for other models."""
-    return {
-        name: _plain(tensor.float())
-        for name, tensor in get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME).items()
-        if ".lora_" not in name
-    }
+def other_tensors(adapted: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What was trained beside the factors, such as a classifier's head, as PEFT saves it."""
+    saved = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
+    return {name: _plain(t.float()) for name, t in saved.items() if ".lora_" not in name}
 
 
-def _plain_config(adapted: PeftModel, folded: Folded, base_name: str) -> LoraConfig:
-    trained = adapted.peft_config[ADAPTER_NAME]
+def _plain_config(adapted: PeftModel, folded: Folded, adapter_name: str) -> LoraConfig:
+    trained = adapted.peft_config[adapter_name]
     assert isinstance(trained, LoraConfig)
     ranks = {name: len(a) for name, (a, _) in folded.items()}
     r_max = max(ranks.values())
@@ -157,13 +189,13 @@ def _plain_config(adapted: PeftModel, folded: Folded, base_name: str) -> LoraCon
         alpha_pattern=dict(pattern),
         fan_in_fan_out=trained.fan_in_fan_out,
         lora_dropout=0.0,
-        bias="none",
+        bias=trained.bias,
         task_type=trained.task_type,
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=trained.base_model_name_or_path,
         inference_mode=True,
     )
     heads = head_module_names(adapted.get_base_model())
-    plain.modules_to_save = heads or None
+    plain.modules_to_save = heads or trained.modules_to_save
     # Given to the constructor it would become a set, and be written in another order every time.
     plain.target_modules = short_target_names(adapted, ranks)
     return plain

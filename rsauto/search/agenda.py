@@ -1,4 +1,5 @@
-"""The order of a study: the defaults, one trial of every rank, the search, the finalists' seeds.
+"""The order of a study: the defaults, one trial of every rank and method, the search, AdaLoRA's
+rank pattern tried with rsLoRA, the finalists' seeds.
 
 Everything here is decided from the records alone, so a study continued after an interruption goes
 on exactly where it was.
@@ -6,13 +7,14 @@ on exactly where it was.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rsauto.choices import RateRange
-from rsauto.config import SearchConfig
-from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
+from rsauto.config import SearchConfig, StudyConfig
+from rsauto.records import ADALORA_METHODS, SETTLED_OUTCOMES, Method, TrialRecord, TrialSpec
 from rsauto.search.space import Space
 
 Settled = Sequence[tuple[TrialSpec, TrialRecord]]
@@ -81,22 +83,94 @@ def next_rate(tried: dict[float, float | None], low: float, high: float) -> floa
 
 
 def opening_trial(space: Space, settled: Settled) -> TrialSpec | None:
-    """The next trial of the opening: every rank once, in the middle of the search space.
+    """The next trial of the opening: every rank with every method, in the middle of the space.
 
     So the report can say of every rank what it costs and buys, and the sampler starts from an even
-    spread. Left out where it would take more than half of the search.
+    spread. Only the first method, or nothing, where it would take more than half of the search.
     """
     search = space.config.search
-    if search.sampler != "tpe" or len(space.ranks) > _num_searched(search) // 2:
+    most = _num_searched(space.config) // 2
+    methods = search.method
+    if len(space.ranks) * len(methods) > most:
+        methods = methods[:1]
+    if search.sampler != "tpe" or len(space.ranks) > most:
         return None
-    tried = {spec.rank for spec, record in settled if record.role == "search"}
-    missing = [rank for rank in space.ranks if rank not in tried]
-    return space.middle(missing[0]) if missing else None
+    tried = {(spec.rank, spec.method) for spec, record in settled if record.role == "search"}
+    for rank, method in itertools.product(space.ranks, methods):
+        if (rank, method) not in tried:
+            return space.middle(rank, method)
+    return None
 
 
-def num_reserved(search: SearchConfig) -> int:
-    """Trials kept back for the finalists' other seeds."""
-    return MAX_FINALISTS * extra_seeds(search)
+def refit_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:
+    """rsLoRA with the rank pattern of the best AdaLoRA trial; None where it was done, or not asked.
+
+    Whether the pattern is worth anything without the allocation that found it. It trains at the
+    learning rate of the best rsLoRA trial, moved to its rank by the law of that rule, or, where
+    there is none, at the middle of the space.
+    """
+    if not space.config.allocates() or not space.config.adalora.refit:
+        return None
+    found = _best(settled, objective, ADALORA_METHODS)
+    if found is None:
+        return None
+    spec, record = found
+    pattern = tuple((n, r) for n, r in (record.rank_pattern or {}).items() if r > 0)
+    if not pattern or any(other.rank_pattern == pattern for other, _ in settled):
+        return None
+    uniform = _best(settled, objective, ("rslora",))
+    like = space.middle(spec.rank, "rslora") if uniform is None else uniform[0]
+    return replace(
+        like,
+        role="refit",
+        rank=spec.rank,
+        alpha=spec.alpha,
+        target_modules=spec.target_modules,
+        learning_rate=space.moved_rate(like, spec.rank),
+        rank_pattern=pattern,
+        micro_batch_size=None,
+        retry_of=None,
+    )
+
+
+def _best(
+    settled: Settled, objective: Objective, methods: tuple[Method, ...]
+) -> tuple[TrialSpec, TrialRecord] | None:
+    """The best search trial of some methods."""
+    complete = [
+        (value, record.number, spec, record)
+        for spec, record in settled
+        if record.role == "search"
+        and spec.method in methods
+        and (value := objective(record)) is not None
+    ]
+    return min(complete, key=lambda entry: entry[:2])[2:] if complete else None
+
+
+def may_prune(spec: TrialSpec, step: int, settled: Settled) -> bool:
+    """Search trials before their end, but never the only trial of its rank that could finish.
+
+    AdaLoRA trials only once their ranks are fixed: until then they train more than they keep, and
+    their curves are not those of other methods.
+    """
+    if spec.allocation is not None and step < spec.steps - spec.allocation.tfinal:
+        return False
+    return (
+        spec.role == "search"
+        and step < spec.steps
+        and any(
+            (r.rank, r.method) == (spec.rank, spec.method)
+            and r.role == "search"
+            and r.outcome == "complete"
+            for _, r in settled
+        )
+    )
+
+
+def num_reserved(config: StudyConfig) -> int:
+    """Trials kept back for AdaLoRA's pattern and the finalists' other seeds."""
+    refits = 1 if config.allocates() and config.adalora.refit else 0
+    return refits + MAX_FINALISTS * extra_seeds(config.search)
 
 
 def extra_seeds(search: SearchConfig) -> int:
@@ -104,8 +178,8 @@ def extra_seeds(search: SearchConfig) -> int:
     return min(search.seeds - 1, search.trials // 10)
 
 
-def _num_searched(search: SearchConfig) -> int:
-    return search.trials - 1 - num_tuning(search) - num_reserved(search)
+def _num_searched(config: StudyConfig) -> int:
+    return config.search.trials - 1 - num_tuning(config.search) - num_reserved(config)
 
 
 def seed_trials(
@@ -144,7 +218,7 @@ def finalists(
         and (value := objective(record)) is not None
     ]
     tuned = [entry for entry in complete if entry[2].role in ("default", "default_tuned")]
-    searched = [entry for entry in complete if entry[2].role == "search"]
+    searched = [entry for entry in complete if entry[2].role in ("search", "refit")]
     chosen = [min(group, key=lambda entry: entry[0]) for group in (tuned, searched) if group]
     if searched:
         best = min(value for value, _, _ in searched)

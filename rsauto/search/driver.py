@@ -22,10 +22,12 @@ from rsauto.errors import AllTrialsFailedError, StudyInterrupted
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
 from rsauto.search.agenda import (
+    may_prune,
     num_reserved,
     num_settled,
     opening_trial,
     reference_trial,
+    refit_trial,
     seed_trials,
 )
 from rsauto.search.allowance import Allowance, allowance_after
@@ -187,17 +189,19 @@ class StudyRun:
         opening = opening_trial(space, settled)
         if opening is not None:
             return opening
+        refit = refit_trial(space, settled, self.objective.lower_is_better)
         seeds = seed_trials(
             space, settled, self.objective.lower_is_better, self.config.search.within
         )
+        last = [refit, *seeds] if refit is not None else seeds
         remaining = self.config.search.trials - num_settled(settled)
-        if seeds and remaining <= num_reserved(self.config.search):
-            return seeds[0]
+        if last and remaining <= num_reserved(self.config):
+            return last[0]
         # The sampler learns from settled trials, and keeps away from running ones.
         attempts = [Attempt(s, r, self.objective.told(r)) for s, r in settled]
         attempts += [Attempt(spec, None, None) for spec in self.ledger.unfinished_specs()]
         found = propose(space, attempts, self.config)
-        return found or (seeds[0] if seeds else None)
+        return found or (last[0] if last else None)
 
     def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
         prediction = self.setup.predict(spec)
@@ -236,19 +240,9 @@ class StudyRun:
                 self._stop_if_asked()
             if point.evaluation is not None:
                 trial.report(self.objective.value(point.evaluation), point.step)
-                if self._may_prune(run.spec, point.step) and trial.should_prune():
+                settled = self.ledger.settled()
+                if may_prune(run.spec, point.step, settled) and trial.should_prune():
                     return "pruned", None
-
-    def _may_prune(self, spec: TrialSpec, step: int) -> bool:
-        """Search trials before their end, but never the only trial of a rank that could finish."""
-        return (
-            spec.role == "search"
-            and step < spec.steps
-            and any(
-                r.rank == spec.rank and r.role == "search" and r.outcome == "complete"
-                for _, r in self.ledger.settled()
-            )
-        )
 
     def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
         card = trial_card(self.config, self.setup.source.name, record, self.setup.data)

@@ -204,6 +204,12 @@ class Space:
         exponent = learning_rate_exponent(SCALING_RULES[method], self.config.training.optimizer)
         return transferred_learning_rate(middle, search.reference_rank, rank, exponent)
 
+    def moved_rate(self, spec: TrialSpec, rank: int) -> float:
+        """The learning rate of a LoRA trial moved to another rank by the law of its rule."""
+        rule = SCALING_RULES[spec.method]
+        exponent = learning_rate_exponent(rule, spec.optimizer, spec.scaling_exponent)
+        return _copied(transferred_learning_rate(spec.learning_rate, spec.rank, rank, exponent))
+
     def _rank(self, params: Params) -> int:
         if "log2_rank" in params:
             return int(2 ** params["log2_rank"])
@@ -217,8 +223,7 @@ class Space:
     def _learning_rate(self, params: Params, method: Method, rank: int) -> float:
         rate = self.config.search.learning_rate
         if isinstance(rate, RateRange):
-            exact = self.centre(method, rank) * 2 ** params.get("log2_lr_offset", 0.0)
-            return float(f"{exact:.4g}")  # what a person would copy is what was run
+            return _copied(self.centre(method, rank) * 2 ** params.get("log2_lr_offset", 0.0))
         return float(params.get("learning_rate", rate[0]))
 
     def _lambda_lr_ratios(self) -> tuple[float, ...]:
@@ -287,6 +292,11 @@ class Space:
 def stored_params(spec: TrialSpec) -> Params:
     """A trial's settings as they stand in the Optuna study."""
     return {name: getattr(spec, name) for name in STORED_DISTRIBUTIONS}
+
+
+def _copied(rate: float) -> float:
+    """As a person would copy it, which is what is run."""
+    return float(f"{rate:.4g}")
 
 
 def _middle(values: Sequence[Any]) -> Any:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rsauto.adapters.adalora import add_adalora, allocator_of
-from rsauto.adapters.export import save_adapter
+from rsauto.adapters.export import export_lora
 from rsauto.adapters.head import initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
@@ -141,7 +141,8 @@ class Trial:
     def save(self, folder: Path, card: str) -> int:
         """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
         assert self._adapted is not None, "a trial is saved while it is open, after training"
-        return save_adapter(self._adapted, folder, base_name=self.bench.base_name, card=card)
+        base_name = self.bench.base_name
+        return export_lora(self._adapted, folder, base_name=base_name, card=card).num_bytes
 
     @property
     def measured_peak_bytes(self) -> int | None:
