@@ -275,7 +275,7 @@ class AdaLoraSettings(Part):
     """Importance from P, lambda and Q, or from lambda alone (8 bytes less an adapter parameter)."""
     scale_rank: Literal["target", "init", "live"] = "target"
     """The rank in gamma_r: `rank`, the initial one, or what a module has at the moment."""
-    lambda_lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (16.0,)
+    lambda_lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (4.0,)
     """Learning rate of lambda over that of Q; a list is searched."""
     orth_reg_weight: float = Field(0.1, ge=0)
     """Of the orthogonality of P and Q in the training objective."""

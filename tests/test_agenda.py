@@ -278,7 +278,7 @@ def test_as_many_trials_are_kept_back_as_the_seeds_will_need(record_of: Records)
         space = space_of(trials=trials, seeds=seeds)
         settled = settled_with(space, record_of, (64, 1.0, "complete"), (4, 1.1, "complete"))
         missing = seed_trials(space, settled, loss_of, within=0.01)
-        assert len(missing) == num_reserved(space.config.search)
+        assert len(missing) == num_reserved(space.config)
 
 
 def test_the_search_opens_with_every_rank_once_in_the_middle(record_of: Records) -> None:

@@ -97,7 +97,17 @@ def test_any_number_of_bytes_is_kept(num_bytes: int) -> None:
         ("search", {"rank": [4, 8, 4]}, "rank lists a value twice"),
         ("search", {"learning_rate": [1e-4, 1e-4]}, "learning_rate lists a value twice"),
         ("search", {"method": ["lora", "lora"]}, "method lists a value twice"),
-        ("search", {"method": "adalora"}, "must be 'rslora' or 'lora' (got 'adalora')"),
+        (
+            "search",
+            {"method": "dora"},
+            "must be 'lora', 'rslora', 'adalora' or 'rsadalora' (got 'dora')",
+        ),
+        ("adalora", {"init_ratio": 0.5}, "must be at least 1 (got 0.5)"),
+        (
+            "adalora",
+            {"warmup_share": 0.5, "final_share": 0.5},
+            "warmup_share and final_share must leave a part of the steps between",
+        ),
         ("search", {"trials": 0}, "search.trials: must be at least 1 (got 0)"),
         ("search", {"within": 1}, "must be less than 1"),
         ("search", {"objective": ""}, "must not be empty"),

@@ -555,7 +555,7 @@ def test_a_trial_knows_its_size_its_operations_and_its_memory(
 ) -> None:
     monkeypatch.setattr("rsauto.training.trial.PeakMeter", PeakMeter)
     with Trial(bench_of(llama), spec_of(steps=2)) as trial:
-        assert trial.flops is None and trial.num_trainable_params is None
+        assert trial.flops == 0 and trial.num_trainable_params is None
         points = list(trial.steps())
         expected = 4 * (2 * (2 * 64 + 2 * 48 + 3 * 80))
         assert trial.num_trainable_params == expected

@@ -58,13 +58,15 @@ class Importance:
     @torch.no_grad()
     def of_triplets(self) -> Tensor:
         """Importance of every triplet, (r,), float32."""
-        total = self._score("E").flatten()
-        if "A" in self.sensitivity:
-            total = total + self._score("A").mean(dim=1) + self._score("B").mean(dim=0)
-        return total
+        scores = [self._mean_score(name) for name in self.sensitivity]
+        return torch.stack(scores).sum(dim=0)
 
-    def _score(self, name: Factor) -> Tensor:
-        return self.sensitivity[name] * self.uncertainty[name]
+    def _mean_score(self, name: Factor) -> Tensor:
+        """Mean of s(w) over a factor's entries of each triplet."""
+        entries = 1 - RANK_DIM[name]
+        pair = self.sensitivity[name], self.uncertainty[name]
+        total: Tensor = torch.linalg.vecdot(*pair, dim=entries)
+        return total / pair[0].shape[entries]
 
     def keep(self, index: Tensor) -> None:
         """Drops all triplets but those of ``index``."""

@@ -39,13 +39,17 @@ def orthogonality_gradient(factor: Tensor, rank_dim: int, form: OrthForm) -> Ten
 
     With M = F F^T - I:  2 M F / ||M||_F, and 4 M F of the square.
     """
+    weights = _gradient_weights(factor, rank_dim, form)
+    return weights @ factor if rank_dim == 0 else factor @ weights
+
+
+def _gradient_weights(factor: Tensor, rank_dim: int, form: OrthForm) -> Tensor:
+    """What a factor is multiplied by in its gradient, (r, r)."""
     deviation = _deviation(factor, rank_dim)
-    scale: Tensor | float = 4.0
-    if form == "norm":
-        # Where the norm is zero so is the gradient, whatever zeros are multiplied by.
-        scale = 2.0 / deviation.norm().clamp_min(torch.finfo(deviation.dtype).tiny ** 0.5)
-    deviation *= scale
-    return deviation @ factor if rank_dim == 0 else factor @ deviation
+    if form == "squared":
+        return deviation.mul_(4.0)
+    # Where the norm is zero so is the gradient, whatever zeros are divided by.
+    return deviation.mul_(2.0 / deviation.norm().clamp_min(1e-30))
 
 
 def _deviation(factor: Tensor, rank_dim: int) -> Tensor:
@@ -67,10 +71,15 @@ def add_gradients(
     for factor, rank_dim in factors:
         if factor.grad is None or factor.numel() == 0:
             continue
-        gradient = orthogonality_gradient(factor.float(), rank_dim, form)
+        values = factor.float()
+        weights = _gradient_weights(values, rank_dim, form)
         if loss_scale is not None:
-            gradient *= loss_scale
-        factor.grad.add_(gradient.to(factor.grad.dtype), alpha=share)
+            weights *= loss_scale
+        pair = (weights, values) if rank_dim == 0 else (values, weights)
+        if factor.grad.dtype == values.dtype:
+            factor.grad.addmm_(*pair, alpha=share)
+        else:
+            factor.grad.add_((pair[0] @ pair[1]).to(factor.grad.dtype), alpha=share)
 
 
 _watched: WeakSet[nn.Module] = WeakSet()
