@@ -38,6 +38,7 @@ class RankAllocator:
         self.adapter_name = adapter_name
         self.num_skipped = 0
         """Steps whose gradients were not finite; they say nothing about importance."""
+        self._is_checked = False
 
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
         """Call after ``optimizer.step()`` and before ``zero_grad()``, ``step`` counted from 1.
@@ -47,6 +48,7 @@ class RankAllocator:
         """
         schedule = self.config.schedule(len(self.layers))
         if not self.finished:
+            self._require_room(_unwrapped(optimizer))
             if step < schedule.final_step:
                 self._gather_if_finite()
             if step >= schedule.final_step or schedule.allocates(step):
@@ -112,6 +114,12 @@ class RankAllocator:
             self.gather()
         else:
             self.num_skipped += 1
+
+    def _require_room(self, optimizer: Any) -> None:
+        """At the first step, not at the first pruning, which may be hours later."""
+        if self.config.recovery == "none" and not self._is_checked:
+            require_compactable(self.factors(), optimizer)
+            self._is_checked = True
 
     def _allocate(self, budget: int, optimizer: Optimizer | None) -> None:
         freed = self.config.recovery == "none"

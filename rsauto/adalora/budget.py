@@ -45,8 +45,9 @@ class BudgetSchedule:
             return self.initial
         if step >= self.final_step:
             return self.target
-        left = 1 - (step - self.tinit) / (self.final_step - self.tinit)
-        return int((self.initial - self.target) * left**3 + self.target)
+        left, span = self.final_step - step, self.final_step - self.tinit
+        # In whole numbers: floats round some budgets that are whole to one triplet less.
+        return self.target + (self.initial - self.target) * left**3 // span**3
 
     def allocates(self, step: int) -> bool:
         """Whether ``step`` chooses the active triplets anew; the final step always does."""
@@ -69,7 +70,7 @@ def keep_best(scores: Sequence[Tensor], active: Sequence[Tensor], budget: int) -
         raise ValueError(f"rank_budget must be between 0 and {sum(sizes)}, but got {budget}.")
     if not sizes:
         return []
-    score = torch.cat([s.float() for s in scores]).nan_to_num(nan=-torch.inf)
+    score = torch.cat([s.float() for s in scores]).nan_to_num(nan=-torch.inf, posinf=torch.inf)
     is_active = torch.cat(list(active)).to(score.device)
     # Ties are broken by sorting stably, the least important criterion first.
     place = torch.cat([torch.arange(size, device=score.device) for size in sizes])

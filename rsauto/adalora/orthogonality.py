@@ -99,9 +99,26 @@ def regularise_when_stepped(model: nn.Module) -> None:
     _watched.add(model)
 
 
-def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if not _watched:
-        return
+        return None
+    # The optimizer itself comes first among its arguments.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        _regularise(optimizer)
+        return None
+
+    @torch.enable_grad()
+    def regularised() -> Any:
+        """The gradients are only there once the closure has run."""
+        loss = closure()
+        _regularise(optimizer)
+        return loss
+
+    return (args[0], regularised), {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+def _regularise(optimizer: Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_watched):
         regularise: Callable[[set[int], Any], None] = model.regularise  # type: ignore[assignment]

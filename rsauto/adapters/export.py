@@ -15,12 +15,12 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from rsauto.adalora.layer import SvdLayer
-from rsauto.adapters.head import head_module_names
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 from rsauto.atomic import write_bytes
 
@@ -175,6 +175,15 @@ def other_tensors(adapted: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return {name: _plain(t.float()) for name, t in saved.items() if ".lora_" not in name}
 
 
+def whole_modules(adapted: PeftModel, adapter_name: str) -> list[str]:
+    """Names of the modules that were trained whole, such as a classifier's head."""
+    return [
+        name
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+
+
 def _plain_config(adapted: PeftModel, folded: Folded, adapter_name: str) -> LoraConfig:
     trained = adapted.peft_config[adapter_name]
     assert isinstance(trained, LoraConfig)
@@ -194,8 +203,7 @@ def _plain_config(adapted: PeftModel, folded: Folded, adapter_name: str) -> Lora
         base_model_name_or_path=trained.base_model_name_or_path,
         inference_mode=True,
     )
-    heads = head_module_names(adapted.get_base_model())
-    plain.modules_to_save = heads or trained.modules_to_save
+    plain.modules_to_save = whole_modules(adapted, adapter_name) or None
     # Given to the constructor it would become a set, and be written in another order every time.
     plain.target_modules = short_target_names(adapted, ranks)
     return plain

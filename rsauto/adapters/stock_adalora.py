@@ -15,7 +15,7 @@ from rsauto.adalora.config import RsAdaLoraConfig
 from rsauto.adalora.importance import RANK_DIM
 from rsauto.adalora.layer import SvdLayer
 from rsauto.adalora.model import svd_layers
-from rsauto.adapters.export import Exported, other_tensors, write_adapter
+from rsauto.adapters.export import Exported, other_tensors, whole_modules, write_adapter
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 
 _EPSILON = 1e-5
@@ -55,7 +55,7 @@ def export_adalora(
     config.rank_pattern = {
         f"{name}.lora_E": [index < rank for index in range(r_max)] for name, rank in ranks.items()
     }
-    config.modules_to_save = trained.modules_to_save
+    config.modules_to_save = whole_modules(model, adapter_name) or None
     config.target_modules = short_target_names(model, ranks)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
