@@ -138,7 +138,7 @@ def _spec(shape: Shape, method: str, **chosen: Any) -> TrialSpec:
         init_rank=shape.init_rank,
         target_rank=shape.target_rank,
         steps=TOTAL_STEP,
-        allocation=AllocationSpec(**{"tinit": 0, "tfinal": 1, **chosen}),
+        allocation=AllocationSpec(**{"tinit": 0, "tfinal": 1, "recovery": "paper", **chosen}),
         **common,
     )
 

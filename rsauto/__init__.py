@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsauto.adalora import RsAdaLoraCallback, RsAdaLoraConfig
     from rsauto.adapters.export import export_lora
+    from rsauto.adapters.optimizers import build_optimizer
     from rsauto.adapters.stock_adalora import export_adalora
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "RsAdaLoraCallback": "rsauto.adalora",
     "RsAdaLoraConfig": "rsauto.adalora",
+    "build_optimizer": "rsauto.adapters.optimizers",
     "export_adalora": "rsauto.adapters.stock_adalora",
     "export_lora": "rsauto.adapters.export",
     "run_study": "rsauto.api",
@@ -48,6 +50,7 @@ __all__ = [
     "RsautoError",
     "Study",
     "StudyConfig",
+    "build_optimizer",
     "export_adalora",
     "export_lora",
     "load_study",

@@ -269,8 +269,9 @@ class AdaLoraSettings(Part):
     """Share of the steps, the last ones, at a fixed pattern."""
     interval: int = Field(1, ge=1)
     """Steps between two allocations."""
-    recovery: Literal["paper", "none"] = "paper"
-    """paper: a masked triplet can come back; none: its memory is given back at once."""
+    recovery: Literal["paper", "none"] = "none"
+    """none: the memory of a pruned triplet is given back at once, which cost no loss where it was
+    measured (reports/adalora); paper: it is only masked, and can come back."""
     score: Literal["full", "lambda"] = "full"
     """Importance from P, lambda and Q, or from lambda alone (8 bytes less an adapter parameter)."""
     scale_rank: Literal["target", "init", "live"] = "target"

@@ -38,7 +38,7 @@ class AllocationSpec:
     orth_reg_weight: float = 0.1
     orth_reg_form: Literal["norm", "squared"] = "norm"
     score: Literal["full", "lambda"] = "full"
-    recovery: Literal["paper", "none"] = "paper"
+    recovery: Literal["paper", "none"] = "none"
     scale_rank: Literal["target", "init", "live"] = "target"
     """The rank in gamma_r."""
     init_std: float | None = None

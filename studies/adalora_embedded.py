@@ -2,12 +2,13 @@
 
     python studies/adalora_embedded.py defaults     initialisation x learning rate of lambda
     python studies/adalora_embedded.py recovery     triplets that can come back or not; the scores
+    python studies/adalora_embedded.py overlap      the triplets that both scores keep
     python studies/adalora_embedded.py compare      rslora, adalora, rsadalora, PEFT's AdaLoRA
 
 Every trial is one of the embedded study: 64 steps of 16 sequences, alpha 16, AdamW, linear
 schedule. A stage goes on where it was stopped; its rows are in reports/adalora/STAGE.jsonl, its
 table in STAGE.md. Learning rates are chosen on seed 0, results are from seeds 3 to 7.
-About 5 seconds a trial on one core: 4, 9 and 12 minutes.
+About 5 seconds a trial on one core: 5, 9, 1 and 12 minutes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import AdaLoraConfig, get_peft_model
 
 from rsauto import study_file
+from rsauto.adalora.allocator import RankAllocator
+from rsauto.adalora.budget import keep_best
+from rsauto.adalora.importance import Importance
+from rsauto.adapters.adalora import allocator_of
 from rsauto.adapters.lora import remove_adapter, target_module_names, trainable_parameters
 from rsauto.data import batch_plan, collate
 from rsauto.records import ADALORA_METHODS, AllocationSpec, Method, TrialSpec
@@ -72,7 +77,9 @@ class Lab:
         if method not in ADALORA_METHODS:
             return spec
         allocation = AllocationSpec(
-            **{"tinit": int(0.1 * spec.steps), "tfinal": int(0.3 * spec.steps), **chosen}
+            tinit=int(0.1 * spec.steps),
+            tfinal=int(0.3 * spec.steps),
+            **{"recovery": "paper", **chosen},
         )
         return replace(
             spec,
@@ -96,6 +103,22 @@ class Lab:
                 "seconds": trial.train_seconds,
                 "r_max": max(pattern.values()) if pattern else spec.rank,
             }
+
+    def overlap(self, spec: TrialSpec) -> Row:
+        """Share of the triplets kept by the full score that lambda alone would keep as well.
+
+        At every step of one trial between warm-up and the last allocation, both from the same
+        gradients.
+        """
+        shares = []
+        with Trial(self.bench, spec) as trial:
+            for point in trial.steps():
+                assert trial._adapted is not None
+                allocator = allocator_of(trial._adapted)
+                schedule = allocator.config.schedule(len(allocator.layers))
+                if schedule.tinit < point.step < schedule.final_step:
+                    shares.append(_overlap(allocator, schedule.budget(point.step)))
+        return {"mean": statistics.mean(shares), "least": min(shares), "last": shares[-1]}
 
     def stock(self, rank: int, rate: float, seed: int) -> Row:
         """PEFT's AdaLoRA as its documentation trains it, at its own scale and initialisation."""
@@ -137,8 +160,21 @@ class Lab:
         return {"eval_loss": found.eval_loss, "seconds": None}
 
 
-Settings = tuple[Any, ...]
-Stage = Callable[["Rows"], Iterator[tuple[str, Callable[[Lab], Row]]]]
+def _overlap(allocator: RankAllocator, budget: int) -> float:
+    states = [layer.triplets["default"] for layer in allocator.layers.values()]
+    active = [state.mask for state in states]
+    found = []
+    for factors in (("E", "A", "B"), ("E",)):
+        scores = []
+        for state in states:
+            assert state.importance is not None
+            tables = state.importance.sensitivity, state.importance.uncertainty
+            part = Importance(
+                *({n: t for n, t in table.items() if n in factors} for table in tables)
+            )
+            scores.append(part.of_triplets())
+        found.append(torch.cat(keep_best(scores, active, budget)))
+    return float((found[0] & found[1]).sum() / budget)
 
 
 class Rows:
@@ -214,6 +250,20 @@ def recovery(lab: Lab, rows: Rows) -> str:
     return text
 
 
+def overlap(lab: Lab, rows: Rows) -> str:
+    """How alike the two scores choose."""
+    text = "| rank | seed | mean | least | at the end |\n|---|---|---|---|---|\n"
+    for rank in (4, 16, 64):
+        for seed in SEEDS[:3]:
+            key = f"r{rank} seed={seed}"
+            spec = lab.spec("rsadalora", rank, 8e-3, seed, RATIO)
+            rows.run(lab, key, lambda lab, spec=spec: lab.overlap(spec))
+            row = rows.by_key[key]
+            text += f"| {rank} | {seed} | {row['mean']:.3f} | {row['least']:.3f} "
+            text += f"| {row['last']:.3f} |\n"
+    return text
+
+
 RATIO = 4.0
 """Of lambda's learning rate in the stages after `defaults`."""
 
@@ -260,6 +310,7 @@ def _tuned(
 STAGES: dict[str, Callable[[Lab, Rows], str]] = {
     "defaults": defaults,
     "recovery": recovery,
+    "overlap": overlap,
     "compare": compare,
 }
 
@@ -269,7 +320,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("stage", choices=tuple(STAGES))
-    stage: Literal["defaults", "recovery", "compare"] = parser.parse_args().stage
+    stage: str = parser.parse_args().stage
     table = STAGES[stage](Lab(), Rows(stage))
     (OUT / f"{stage}.md").write_text(table)
     print(table)

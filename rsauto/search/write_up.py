@@ -110,24 +110,38 @@ def trial_card(
     head = ""
     if record.head_learning_rate is not None:
         head = f"| learning rate of the head | {record.head_learning_rate:g} |\n"
+    shape = f"rank {record.rank}"
+    placed = ""
+    if record.rank_pattern is not None and record.r_max is not None:
+        empty = sum(rank == 0 for rank in record.rank_pattern.values())
+        shape += " on average"
+        placed = (
+            f"| ranks of the modules | up to {record.r_max}; {empty} of them are not adapted |\n"
+            f"| a server must allow | rank {record.r_max} |\n"
+        )
+    if record.allocation is not None:
+        placed += (
+            f"| rank at the start | {record.init_rank} in every module |\n"
+            f"| learning rate of lambda | {record.lambda_lr_ratio:g} times that of A |\n"
+        )
     metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
     content = f"""---
 {metadata.to_yaml()}
 ---
-# LoRA adapter, rank {record.rank}
+# LoRA adapter, {shape}
 
 Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
 `{base_name}`, {base}with seed {record.seed}.
 
 The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = \
-{record.gamma_r:.6g} it was trained with is folded into B.
+{record.gamma_r:.6g} it was trained with is folded into the factors.
 
 | trained with | |
 |---|---|
 | method | {record.method} |
 | rank, alpha | {record.rank}, {record.alpha} |
 | learning rate (A), lr_ratio (B/A) | {record.learning_rate:g}, {record.lr_ratio:g} |
-{head}\
+{placed}{head}\
 | optimizer, schedule | {record.optimizer}, {record.schedule} |
 | steps x batch size | {record.steps} x {record.batch_size} |
 
