@@ -46,6 +46,8 @@ class RankAllocator:
         From ``total_step - tfinal`` on the pattern is fixed. ``optimizer`` is needed for
         ``recovery: none``. Raises ValueError without it, and where the schedule is not known.
         """
+        if step < 0:
+            raise ValueError(f"step: {step} must be the number of optimizer steps done, from 1.")
         schedule = self.config.schedule(len(self.layers))
         if not self.finished:
             self._require_room(_unwrapped(optimizer))

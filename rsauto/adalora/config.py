@@ -14,6 +14,7 @@ trial of that rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -113,18 +114,18 @@ class RsAdaLoraConfig(LoraConfig):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 problems.append(f"{name}: {value!r} is not a whole number of at least {least}.")
         for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < _number(getattr(self, name)) < 1:
                 problems.append(f"{name}: {getattr(self, name)!r} must be between 0 and 1.")
         if not problems and self.target_r > self.init_r:
             problems.append(
                 f"target_r: {self.target_r} is above init_r, which is {self.init_r}. Ranks only "
                 "fall: raise init_r, usually to 1.5 or 2 times target_r."
             )
-        if not self.orth_reg_weight >= 0:
+        if not _number(self.orth_reg_weight) >= 0:
             problems.append(f"orth_reg_weight: {self.orth_reg_weight!r} must be 0 or more.")
-        if not self.lora_alpha > 0:
+        if not _number(self.lora_alpha) > 0:
             problems.append(f"lora_alpha: {self.lora_alpha!r} must be more than 0.")
-        if self.init_std is not None and not self.init_std > 0:
+        if self.init_std is not None and not _number(self.init_std) > 0:
             problems.append(f"init_std: {self.init_std!r} must be more than 0, or None.")
         if self.r not in (8, self.target_r):
             problems.append(f"r: {self.r} has no meaning here. Set init_r and target_r instead.")
@@ -172,6 +173,12 @@ class RsAdaLoraConfig(LoraConfig):
         reference = {"target": self.target_r, "init": self.init_r, "live": max(1, active_rank)}
         rule: Literal["rslora", "lora"] = "rslora" if self.use_rslora else "lora"
         return gamma_r(rule, self.lora_alpha, reference[self.scale_rank])
+
+
+def _number(value: Any) -> float:
+    """Not a number where it is none, which no comparison is true of."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else math.nan
 
 
 def register(tuner: type) -> None:

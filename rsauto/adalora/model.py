@@ -14,6 +14,7 @@ checkpoint as if it had not stopped; `from_pretrained` for inference drops inact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +167,7 @@ class RsAdaLoraModel(LoraModel):
         inherited: Callable[..., dict[str, Tensor]] = super()._get_adapter_state_dict
         tensors = inherited(model, config, adapter_name, state_dict, unwanted_adapter_names)
         layers = {n: m for n, m in svd_layers(model) if adapter_name in m.triplets}
+        _warn_where_ranks_were_never_allocated(layers, adapter_name)
         config.rank_pattern = {
             name.removeprefix("base_model.model."): layer.triplets[adapter_name].active_rank
             for name, layer in layers.items()
@@ -197,6 +199,19 @@ def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLayer]]:
             yield name, module
 
 
+def _warn_where_ranks_were_never_allocated(layers: dict[str, SvdLayer], adapter_name: str) -> None:
+    states = [layer.triplets[adapter_name] for layer in layers.values()]
+    untouched = all(s.importance is not None and not s.importance.sensitivity for s in states)
+    trained = any(bool(layer.lora_E[adapter_name].any()) for layer in layers.values())
+    learns = any(layer.lora_E[adapter_name].requires_grad for layer in layers.values())
+    if untouched and trained and learns:
+        warnings.warn(
+            "update_and_allocate was never called, so every module keeps its initial rank. Call it "
+            "after every optimizer step (transformers' Trainer: add RsAdaLoraCallback).",
+            stacklevel=2,
+        )
+
+
 def _layer_class(target: nn.Module, name: str) -> type[SvdLayer]:
     """Raises ValueError for a layer that is not linear."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -212,8 +227,8 @@ def _layer_class(target: nn.Module, name: str) -> type[SvdLayer]:
     if isinstance(base, (nn.Linear, Conv1D)):
         return SvdLinear
     raise ValueError(
-        f"target_modules: {name!r} is a {type(base).__name__}. AdaLoRA adapts nn.Linear, Conv1D "
-        "and bitsandbytes' linear layers."
+        f"target_modules: {name!r} is of type {type(base).__name__}. AdaLoRA adapts nn.Linear, "
+        "Conv1D and bitsandbytes' linear layers."
     )
 
 
