@@ -272,8 +272,9 @@ class AdaLoraSettings(Part):
     recovery: Literal["paper", "none"] = "none"
     """none: the memory of a pruned triplet is given back at once, which cost no loss where it was
     measured (reports/adalora); paper: it is only masked, and can come back."""
-    score: Literal["full", "lambda"] = "full"
-    """Importance from P, lambda and Q, or from lambda alone (8 bytes less an adapter parameter)."""
+    score: Literal["full", "lambda"] = "lambda"
+    """Importance from lambda alone, or, as in the paper, from P and Q as well, which takes 8 bytes
+    more for each of their numbers and kept the same triplets where it was measured."""
     scale_rank: Literal["target", "init", "live"] = "target"
     """The rank in gamma_r: `rank`, the initial one, or what a module has at the moment."""
     lambda_lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (4.0,)

@@ -281,7 +281,7 @@ def compare(lab: Lab, rows: Rows) -> str:
                 return lambda lab: lab.loss(lab.spec(cast(Method, method), rank, lr, seed, RATIO))
 
             wide = (*RATES, 3.2e-2, 6.4e-2)
-            rates = wide if method != "rslora" else (5e-4, *RATES)
+            rates = {"rslora": (5e-4, *RATES), "PEFT AdaLoRA": (*wide, 1.28e-1)}.get(method, wide)
             rate, losses = _tuned(lab, rows, f"r{rank} {method}", one, rates)
             values = ", ".join(f"{loss:.3f}" for loss in losses)
             text += (

@@ -18,7 +18,7 @@ from rsauto.adalora.budget import keep_best
 from rsauto.adalora.compaction import compact, require_compactable
 from rsauto.adalora.config import RsAdaLoraConfig
 from rsauto.adalora.importance import RANK_DIM, SCORED, Factor
-from rsauto.adalora.layer import SvdLayer, Triplets
+from rsauto.adalora.layer import SvdLayer, Triplets, svd_layers
 
 
 class RankAllocator:
@@ -27,18 +27,25 @@ class RankAllocator:
     def __init__(
         self, layers: Mapping[str, SvdLayer], config: RsAdaLoraConfig, adapter_name: str = "default"
     ) -> None:
-        """``layers`` are the adapted layers by name, in model order.
-
-        Raises ValueError where there are none.
-        """
-        if not layers:
-            raise ValueError(f"adapter {adapter_name!r}: no layer has it, so there is no rank.")
+        """``layers`` are the adapted layers by name, in model order."""
         self.layers = layers
         self.config = config
         self.adapter_name = adapter_name
         self.num_skipped = 0
         """Steps whose gradients were not finite; they say nothing about importance."""
         self._is_checked = False
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter_name: str = "default") -> RankAllocator:
+        """The allocator of an adapter on any model, also where it was injected without a tuner.
+
+        Raises ValueError where no layer has it.
+        """
+        layers = {n: layer for n, layer in svd_layers(model) if adapter_name in layer.triplets}
+        if not layers:
+            raise ValueError(f"adapter {adapter_name!r}: no layer has it, so there is no rank.")
+        config = next(iter(layers.values())).triplets[adapter_name].config
+        return cls(layers, config, adapter_name)
 
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
         """Call after ``optimizer.step()`` and before ``zero_grad()``, ``step`` counted from 1.
@@ -58,6 +65,10 @@ class RankAllocator:
             if step >= schedule.final_step:
                 for state in self._states():
                     state.importance = None
+        self.hold()
+
+    def hold(self) -> None:
+        """Sets the lambdas of all triplets that are not active to zero."""
         for layer in self.layers.values():
             layer.hold(self.adapter_name)
 

@@ -70,13 +70,16 @@ def keep_best(scores: Sequence[Tensor], active: Sequence[Tensor], budget: int) -
         raise ValueError(f"rank_budget must be between 0 and {sum(sizes)}, but got {budget}.")
     if not sizes:
         return []
-    score = torch.cat([s.float() for s in scores]).nan_to_num(nan=-torch.inf, posinf=torch.inf)
-    is_active = torch.cat(list(active)).to(score.device)
+    device = scores[0].device  # the layers of one model may lie on several
+    score = torch.cat([s.to(device).float() for s in scores]).nan_to_num(
+        nan=-torch.inf, posinf=torch.inf
+    )
+    is_active = torch.cat([mask.to(device) for mask in active])
     # Ties are broken by sorting stably, the least important criterion first.
-    place = torch.cat([torch.arange(size, device=score.device) for size in sizes])
+    place = torch.cat([torch.arange(size, device=device) for size in sizes])
     order = torch.argsort(place, stable=True)
     order = order[torch.argsort(is_active[order].int(), descending=True, stable=True)]
     order = order[torch.argsort(score[order], descending=True, stable=True)]
-    kept = torch.zeros(len(score), dtype=torch.bool, device=score.device)
+    kept = torch.zeros(len(score), dtype=torch.bool, device=device)
     kept[order[:budget]] = True
     return list(kept.split(sizes))

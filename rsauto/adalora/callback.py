@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rsauto.adalora.model import RsAdaLoraModel
+from rsauto.training.schedule import steps_of_share
 
 
 class RsAdaLoraCallback(TrainerCallback):
@@ -42,7 +43,7 @@ class RsAdaLoraCallback(TrainerCallback):
         config = tuner.config_of(tuner.trained_adapter)
         for name, share in self._shares.items():
             if share is not None:
-                setattr(config, name, int(share * state.max_steps))
+                setattr(config, name, steps_of_share(share, state.max_steps))
         tuner.set_total_step(state.max_steps)
 
     def on_optimizer_step(

@@ -31,7 +31,19 @@ from rsauto.adalora.orthogonality import OrthForm
 from rsauto.errors import nearest
 from rsauto.scaling import gamma_r
 
-PEFT_TYPE = "RSADALORA"
+
+class _PeftTypeName(str):
+    """A type of PEFT's that is not in its list, which is an enumeration of strings."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """As the members of that list have it; transformers asks for it."""
+        return str(self)
+
+
+PEFT_TYPE = _PeftTypeName("RSADALORA")
 
 ScaleRank = Literal["target", "init", "live"]
 Recovery = Literal["paper", "none"]
@@ -90,9 +102,10 @@ class RsAdaLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        unsupported = self._unsupported()  # before PEFT empties some of them
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type: Any = PEFT_TYPE
-        problems = [*self._wrong_choices(), *self._wrong_numbers(), *self._unsupported()]
+        problems = [*self._wrong_choices(), *self._wrong_numbers(), *unsupported]
         if problems:
             raise ValueError(" ".join(problems))
         if self.total_step is not None:
@@ -127,6 +140,9 @@ class RsAdaLoraConfig(LoraConfig):
             problems.append(f"lora_alpha: {self.lora_alpha!r} must be more than 0.")
         if self.init_std is not None and not _number(self.init_std) > 0:
             problems.append(f"init_std: {self.init_std!r} must be more than 0, or None.")
+        total = self.total_step
+        if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
+            problems.append(f"total_step: {total!r} is not a whole number.")
         if self.r not in (8, self.target_r):
             problems.append(f"r: {self.r} has no meaning here. Set init_r and target_r instead.")
         return problems
@@ -137,6 +153,11 @@ class RsAdaLoraConfig(LoraConfig):
             for name in _UNSUPPORTED
             if getattr(self, name, None)
         ]
+        if self.rank_pattern and not self.inference_mode:
+            problems.append(
+                "rank_pattern: ranks are what AdaLoRA finds. Leave it out; it is written when the "
+                "adapter is saved."
+            )
         if not isinstance(self.init_lora_weights, bool):
             problems.append(
                 f"init_lora_weights: {self.init_lora_weights!r} is for LoRA. Choose True (lambda "

@@ -50,6 +50,8 @@ class Importance:
             if name not in self.sensitivity:
                 self.sensitivity[name] = torch.zeros_like(weight, dtype=torch.float32)
                 self.uncertainty[name] = torch.zeros_like(weight, dtype=torch.float32)
+            for table in (self.sensitivity, self.uncertainty):
+                table[name] = table[name].to(weight.device)  # a checkpoint is read elsewhere
             smoothed = self.sensitivity[name]
             now = torch.mul(weight.float(), gradients[name].float()).abs_()
             smoothed.lerp_(now, 1 - beta1)
@@ -72,7 +74,7 @@ class Importance:
         """Drops all triplets but those of ``index``."""
         for table in (self.sensitivity, self.uncertainty):
             for name, tensor in table.items():
-                table[name] = tensor.index_select(RANK_DIM[name], index)
+                table[name] = tensor.index_select(RANK_DIM[name], index.to(tensor.device))
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything kept from step to step."""

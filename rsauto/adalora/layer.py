@@ -9,6 +9,7 @@ its column of P.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,7 @@ class SvdLayer(nn.Module, LoraLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: RsAdaLoraConfig,
+        rank: int,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -67,7 +69,7 @@ class SvdLayer(nn.Module, LoraLayer):
         # Of the layer, not of the configuration: a model may have layers of both kinds.
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config.init_r, config.lora_alpha, config=config)
+        self.update_layer(adapter_name, rank, config.lora_alpha, config=config)
 
     def update_layer(
         self,
@@ -132,6 +134,18 @@ class SvdLayer(nn.Module, LoraLayer):
         state.mask, state.active_rank = mask, active_rank
         self.refresh(adapter_name)
 
+    def values(self, adapter_name: str) -> Tensor:
+        """lambda, (r, 1), zero where a triplet is not active.
+
+        In training what the optimizer made of the inactive ones is left in until `hold`: their
+        importance is what lets them come back.
+        """
+        state = self.triplets[adapter_name]
+        values: Tensor = self.lora_E[adapter_name]
+        if self.training or state.active_rank == self.r[adapter_name]:
+            return values
+        return values.masked_fill(~state.mask.to(values.device)[:, None], 0.0)
+
     @torch.no_grad()
     def hold(self, adapter_name: str) -> None:
         """Sets the lambdas of all triplets that are not active to zero."""
@@ -189,12 +203,12 @@ class SvdLayer(nn.Module, LoraLayer):
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         # gamma_r and lambda are small beside the activations, so they go into Q.
-        q = self.lora_A[adapter] * (self.lora_E[adapter] * self._gamma(adapter))
+        q = self.lora_A[adapter] * (self.values(adapter) * self._gamma(adapter))
         p = self.lora_B[adapter]
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, q.dtype)
         hidden = F.linear(self.lora_dropout[adapter](x), q)
-        if hidden.dtype == p.dtype == result.dtype:
+        if hidden.dtype == p.dtype == result.dtype and result.ndim > 1:
             rows = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), p.T)
             return rows.view(result.shape)
         return result + F.linear(hidden, p).to(result.dtype)
@@ -204,9 +218,14 @@ class SvdLinear(SvdLayer, LoraLinear):
     """Of nn.Linear and transformers' Conv1D; merges as PEFT's LoRA layer does."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RsAdaLoraConfig, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RsAdaLoraConfig,
+        rank: int,
+        **kwargs: Any,
     ) -> None:
-        SvdLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
+        SvdLayer.__init__(self, base_layer, adapter_name, config, rank, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's own conversion is by another decomposition; ours is exact, see `export`."""
@@ -214,6 +233,13 @@ class SvdLinear(SvdLayer, LoraLinear):
 
     def __repr__(self) -> str:
         return "svd." + nn.Module.__repr__(self)
+
+
+def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLayer]]:
+    """Names and adapted layers, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, SvdLayer):
+            yield name, module
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:

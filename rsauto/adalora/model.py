@@ -15,9 +15,10 @@ checkpoint as if it had not stopped; `from_pretrained` for inference drops inact
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,9 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rsauto.adalora.allocator import RankAllocator
 from rsauto.adalora.config import RsAdaLoraConfig, register
-from rsauto.adalora.layer import SvdLayer, SvdLinear
-from rsauto.adalora.orthogonality import add_gradients, regularise_when_stepped
-from rsauto.adalora.saved import pop_saved, saved_tensors
+from rsauto.adalora.layer import SvdLayer, SvdLinear, svd_layers
+from rsauto.adalora.orthogonality import add_gradients
+from rsauto.adalora.saved import factor_tensors, pop_saved, saved_tensors
+from rsauto.adalora.stepping import follow_optimizers
 
 
 class RsAdaLoraModel(LoraModel):
@@ -38,11 +40,11 @@ class RsAdaLoraModel(LoraModel):
 
     def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(model, config, adapter_name, **kwargs)
-        regularise_when_stepped(self)
+        follow_optimizers(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        regularise_when_stepped(self)  # a copy is another model
+        follow_optimizers(self)  # a copy is another model
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
@@ -66,10 +68,13 @@ class RsAdaLoraModel(LoraModel):
     ) -> None:
         config: RsAdaLoraConfig = lora_config
         self._allocators.pop(adapter_name, None)
+        rank = config.init_r
+        if config.recovery == "none":  # a saved adapter has no more than it kept
+            rank = (config.rank_pattern or {}).get(current_key, rank)
         if isinstance(target, SvdLayer):
-            target.update_layer(adapter_name, config.init_r, config.lora_alpha, config=config)
+            target.update_layer(adapter_name, rank, config.lora_alpha, config=config)
             return
-        layer = _layer_class(target, current_key)(target, adapter_name, config)
+        layer = _layer_class(target, current_key)(target, adapter_name, config, rank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         replace_module: Callable[..., None] = self._replace_module
@@ -80,18 +85,17 @@ class RsAdaLoraModel(LoraModel):
     @property
     def trained_adapter(self) -> str:
         """Name of the adapter that is trained. Raises ValueError where none is."""
-        for name, config in self.peft_config.items():
-            if not config.inference_mode:
-                return str(name)
-        raise ValueError("No adapter is trained: all were loaded for inference (is_trainable).")
+        trained = self._trained_adapters()
+        if not trained:
+            raise ValueError("No adapter is trained: all were loaded for inference (is_trainable).")
+        return trained[0]
 
     def allocator(self, adapter_name: str | None = None) -> RankAllocator:
         """The rank allocator of an adapter, of the trained one unless told otherwise."""
         name = adapter_name or self.trained_adapter
         known = self._allocators
         if name not in known:
-            layers = {key: layer for key, layer in svd_layers(self.model) if name in layer.triplets}
-            known[name] = RankAllocator(layers, self.config_of(name), name)
+            known[name] = RankAllocator.of(self.model, name)
         return known[name]
 
     @property
@@ -133,14 +137,11 @@ class RsAdaLoraModel(LoraModel):
         name = adapter_name or next(iter(self.peft_config))
         return self.allocator(name).rank_pattern
 
-    def regularise(self, stepped: set[int], loss_scale: Any = None) -> None:
-        """Adds the orthogonality's gradient to the factors among ``stepped``, ids of parameters.
-
-        Called by the optimizer itself before it steps.
-        """
-        for name in self.peft_config:
+    def before_step(self, stepped: set[int], loss_scale: Any) -> None:
+        """Adds the orthogonality's gradient to the factors that are about to be stepped."""
+        for name in self._trained_adapters():
             config = self.config_of(name)
-            if config.inference_mode or config.orth_reg_weight == 0:
+            if config.orth_reg_weight == 0:
                 continue
             factors = self.allocator(name).regularised()
             share = config.orth_reg_weight
@@ -152,6 +153,21 @@ class RsAdaLoraModel(LoraModel):
                 form=config.orth_reg_form,
                 loss_scale=loss_scale,
             )
+
+    def after_step(self, stepped: set[int], found_inf: Any) -> None:
+        """Keeps a fixed pattern, also where nobody calls `update_and_allocate` any more."""
+        for name in self._trained_adapters():
+            allocator = self.allocator(name)
+            if allocator.finished:
+                allocator.hold()
+            elif found_inf is not None:
+                # The step was left out, and its gradients are still scaled: they say nothing.
+                factors = [p for _, p in allocator.factors() if id(p) in stepped]
+                for gradient in [p.grad for p in factors if p.grad is not None]:
+                    gradient.mul_(torch.where(found_inf > 0, torch.nan, 1.0).to(gradient))
+
+    def _trained_adapters(self) -> list[str]:
+        return [str(n) for n, config in self.peft_config.items() if not config.inference_mode]
 
     # ------------------------------------------------------------------------- saving, loading
 
@@ -172,7 +188,10 @@ class RsAdaLoraModel(LoraModel):
             name.removeprefix("base_model.model."): layer.triplets[adapter_name].active_rank
             for name, layer in layers.items()
         }
-        return {**tensors, **saved_tensors(layers, adapter_name)}
+        inside = tuple(f"{name}." for name in layers)
+        others = {key: tensor for key, tensor in tensors.items() if not key.startswith(inside)}
+        factors = factor_tensors(layers, adapter_name, state_dict)
+        return {**others, **factors, **saved_tensors(layers, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -190,13 +209,6 @@ class RsAdaLoraModel(LoraModel):
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         """Not defined for triplets."""
         raise TypeError("add_weighted_adapter: export the adapters as plain LoRA, and weigh those.")
-
-
-def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLayer]]:
-    """Names and adapted layers, in model order."""
-    for name, module in model.named_modules():
-        if isinstance(module, SvdLayer):
-            yield name, module
 
 
 def _warn_where_ranks_were_never_allocated(layers: dict[str, SvdLayer], adapter_name: str) -> None:

@@ -13,14 +13,11 @@ AdamW's decoupled weight decay. Loss scaling is undone by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 OrthForm = Literal["norm", "squared"]
 
@@ -80,47 +77,3 @@ def add_gradients(
             factor.grad.addmm_(*pair, alpha=share)
         else:
             factor.grad.add_((pair[0] @ pair[1]).to(factor.grad.dtype), alpha=share)
-
-
-_watched: WeakSet[nn.Module] = WeakSet()
-_hook: Any = None
-
-
-def regularise_when_stepped(model: nn.Module) -> None:
-    """From now on, the optimizer that steps factors of ``model`` first calls its `regularise`.
-
-    A hook on all optimizers, because PEFT's way of training has no other moment that is there in
-    every loop, comes once a step, and after the last micro-batch. It does nothing for optimizers
-    of other models.
-    """
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_before_step)
-    _watched.add(model)
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    if not _watched:
-        return None
-    # The optimizer itself comes first among its arguments.
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        _regularise(optimizer)
-        return None
-
-    @torch.enable_grad()
-    def regularised() -> Any:
-        """The gradients are only there once the closure has run."""
-        loss = closure()
-        _regularise(optimizer)
-        return loss
-
-    return (args[0], regularised), {k: v for k, v in kwargs.items() if k != "closure"}
-
-
-def _regularise(optimizer: Optimizer) -> None:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in list(_watched):
-        regularise: Callable[[set[int], Any], None] = model.regularise  # type: ignore[assignment]
-        # A fused optimizer is handed gradients that are still scaled, and the scale.
-        regularise(stepped, getattr(optimizer, "grad_scale", None))

@@ -15,15 +15,25 @@ class SvdLinear8bitLt(SvdLayer, Linear8bitLt):
     """Of LLM.int8 layers; merging quantises anew, as PEFT's LoRA layer does."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RsAdaLoraConfig, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RsAdaLoraConfig,
+        rank: int,
+        **kwargs: Any,
     ) -> None:
-        SvdLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
+        SvdLayer.__init__(self, base_layer, adapter_name, config, rank, **kwargs)
 
 
 class SvdLinear4bit(SvdLayer, Linear4bit):
     """Of 4-bit layers; merging quantises anew, as PEFT's LoRA layer does."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RsAdaLoraConfig, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RsAdaLoraConfig,
+        rank: int,
+        **kwargs: Any,
     ) -> None:
-        SvdLayer.__init__(self, base_layer, adapter_name, config, **kwargs)
+        SvdLayer.__init__(self, base_layer, adapter_name, config, rank, **kwargs)

@@ -20,6 +20,22 @@ from rsauto.adalora.layer import SvdLayer, Triplets
 _PREFIX = "base_model.model."
 
 
+def factor_tensors(
+    layers: Mapping[str, SvdLayer], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The factors as they stand in ``state_dict``, the lambdas of inactive triplets zero."""
+    found: dict[str, Tensor] = {}
+    for module, layer in layers.items():
+        for name, parameter in layer.factors(adapter_name).items():
+            key = f"{module}.lora_{name}.{adapter_name}"
+            tensor = state_dict.get(key, parameter.detach())
+            if name == "E" and len(tensor) == layer.r[adapter_name]:
+                inactive = ~layer.triplets[adapter_name].mask.to(tensor.device)
+                tensor = tensor.masked_fill(inactive[:, None], 0.0)
+            found[key] = tensor
+    return found
+
+
 def saved_tensors(layers: Mapping[str, SvdLayer], adapter_name: str) -> dict[str, Tensor]:
     """What to write beside the factors; nothing before the first step."""
     saved: dict[str, Tensor] = {}

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rsauto.adalora.config import RsAdaLoraConfig
 from rsauto.adalora.importance import RANK_DIM
-from rsauto.adalora.layer import SvdLayer
-from rsauto.adalora.model import svd_layers
+from rsauto.adalora.layer import SvdLayer, svd_layers
 from rsauto.adapters.export import Exported, other_tensors, whole_modules, write_adapter
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 

@@ -24,6 +24,7 @@ from rsauto.choices import PowerRange, RateRange
 from rsauto.config import StudyConfig
 from rsauto.records import ADALORA_METHODS, AllocationSpec, Method, TrialSpec
 from rsauto.scaling import ScalingRule, learning_rate_exponent, transferred_learning_rate
+from rsauto.training.schedule import steps_of_share
 
 Params = dict[str, Any]
 
@@ -235,8 +236,8 @@ class Space:
             return spec
         chosen = self.config.adalora
         allocation = AllocationSpec(
-            tinit=int(chosen.warmup_share * self.steps),
-            tfinal=int(chosen.final_share * self.steps),
+            tinit=steps_of_share(chosen.warmup_share, self.steps),
+            tfinal=steps_of_share(chosen.final_share, self.steps),
             delta_t=chosen.interval,
             beta1=chosen.beta1,
             beta2=chosen.beta2,

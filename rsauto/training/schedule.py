@@ -35,3 +35,8 @@ def evaluation_steps(num_steps: int, num_evals: int) -> tuple[int, ...]:
     """Steps (from 1) after which to evaluate: evenly spread, the last one included."""
     count = min(num_evals, num_steps)
     return tuple(sorted({round(num_steps * k / count) for k in range(1, count + 1)}))
+
+
+def steps_of_share(share: float, num_steps: int) -> int:
+    """A share of a run in whole steps, rounded down but for what floats lose (0.29 of 100)."""
+    return int(share * num_steps + 1e-9)
