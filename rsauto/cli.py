@@ -107,7 +107,15 @@ def plan(
         bool | None, typer.Option(help="Recompute activations in backward.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="rslora, lora, dora or peft_adalora [rslora].")
+        str | None,
+        typer.Option(help="rslora, lora, rsadalora, adalora, dora or peft_adalora [rslora]."),
+    ] = None,
+    init_ratio: Annotated[
+        float | None,
+        typer.Option(help="Of AdaLoRA: initial rank over the rank, which is the target [1.5]."),
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="Of AdaLoRA: importance, full or lambda [full].")
     ] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="all-linear, attention, or names [all-linear].")
@@ -161,6 +169,8 @@ def plan(
             "quant_bits": quant_bits,
             "gradient_checkpointing": gradient_checkpointing,
             "method": method,
+            "init_ratio": init_ratio,
+            "score": score,
             "target_modules": target_modules,
             "optimizer": optimizer,
             "dtype": dtype,
@@ -327,6 +337,8 @@ def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
 
 def _quieten_libraries() -> None:
     """Progress bars and notes of the libraries would tear the live display."""
+    # PyTorch tells of every block freed while memory is measured that was there before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # bitsandbytes, where installed, warns on import of kernels that training has no use for.

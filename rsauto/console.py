@@ -6,7 +6,7 @@ Everything is drawn from the events of a study; the driver knows nothing of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,9 +20,9 @@ from rich.text import Text
 
 from rsauto.config import StudyConfig
 from rsauto.data import lines as preflight_lines
-from rsauto.records import TrialRecord
+from rsauto.records import Role, TrialRecord
 from rsauto.report.ranks import rank_table
-from rsauto.report.table import Study
+from rsauto.report.table import Study, is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
@@ -42,6 +42,7 @@ from rsauto.units import (
     count_text,
     method_text,
     objective_text,
+    rank_text,
     rate_text,
     seconds_text,
     value_text,
@@ -135,7 +136,9 @@ class Display:
             self.progress.remove_task(self.trial)
         self.trial = self.progress.add_task(f"trial {event.number}", total=spec.steps, note="")
         self.memory.plain = (
-            f"trial {event.number}: {method_text(spec.method)} rank {spec.rank}, "
+            f"trial {event.number}: "
+            f"{method_text(spec.method, is_refit=spec.rank_pattern is not None)} "
+            f"rank {rank_text(spec.rank, spec.init_rank)}, "
             f"alpha {spec.alpha}, learning rate {rate_text(spec.learning_rate)}, "
             f"micro-batch {spec.micro_batch_size}; predicted peak "
             f"{bytes_text(event.prediction.peak_bytes)} of {bytes_text(self.budget_bytes)}"
@@ -181,11 +184,12 @@ class Display:
         return seconds_text(pace * max(0, self.config.search.trials - num_settled))
 
 
-ROLES = {
+ROLES: Mapping[Role, str] = {
     "default": "default",
     "default_tuned": "tuned default",
     "search": "search",
     "seed": "other seed",
+    "refit": "refit",
 }
 
 
@@ -198,11 +202,17 @@ def objective_value(record: TrialRecord, config: StudyConfig) -> float | None:
     return record.metrics.get(name)
 
 
+def _role_text(record: TrialRecord) -> str:
+    """A refit on another seed is told from rsLoRA of one rank on another seed."""
+    name = ROLES[record.role]
+    return f"refit, {record.role}" if is_refit(record) and record.role != "refit" else name
+
+
 def trial_line(record: TrialRecord, config: StudyConfig) -> str:
     """One settled trial in a line."""
     value = objective_value(record, config)
     parts = [
-        f"{record.number:>4} {ROLES[record.role]:<13} {method_text(record.method):<6} "
+        f"{record.number:>4} {_role_text(record):<13} {method_text(record.method):<9} "
         f"r={record.rank:<4}alpha={record.alpha:<3}lr={rate_text(record.learning_rate):<8}"
         f"{value_text(value) if record.outcome == 'complete' else record.outcome:<8}",
     ]
@@ -301,8 +311,9 @@ class RankColumn(NamedTuple):
 
 
 RANK_COLUMNS = (
-    RankColumn("method", lambda row: method_text(row["method"]), "left"),
+    RankColumn("method", lambda row: method_text(row["method"], is_refit=row["refit"]), "left"),
     RankColumn("rank", lambda row: str(row["rank"])),
+    RankColumn("largest", lambda row: str(row["r_max"] or "-"), always=False),
     RankColumn("{objective}", lambda row: value_text(row["objective"])),
     RankColumn("seeds", lambda row: str(row["num_seeds"] or "-"), always=False),
     RankColumn("alpha", lambda row: str(row["alpha"] or "-"), always=False),
@@ -316,5 +327,5 @@ RANK_COLUMNS = (
     RankColumn("", lambda row: "too large" if row["fits"] is False else row["marks"] or "", "left"),
 )
 
-WIDE = 140
+WIDE = 150
 """Columns of a terminal that shows every column of the table."""

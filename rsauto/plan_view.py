@@ -15,7 +15,14 @@ from rsauto.memory.cost import StudyCost
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.plan import Plan, PlannedRank
 from rsauto.memory.plan_study import targets_text
-from rsauto.units import bytes_text, count_text, percent_text, seconds_text
+from rsauto.records import ADALORA_METHODS
+from rsauto.units import (
+    METHOD_NAMES,
+    bytes_text,
+    count_text,
+    percent_text,
+    seconds_text,
+)
 
 PARTS = {
     "weights": ("W", "weights"),
@@ -31,7 +38,7 @@ BAR_CELLS = 16
 WIDE = 140
 """Columns of a terminal that shows every column of the table."""
 
-METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "peft_adalora": "PEFT's AdaLoRA"}
+METHODS = {**METHOD_NAMES, "dora": "DoRA", "peft_adalora": "PEFT's AdaLoRA"}
 
 
 class Shown(NamedTuple):
@@ -126,6 +133,8 @@ def assumptions(plan: Plan) -> list[str]:
     """Sentences on what is trained, in which steps, and what "needs" means."""
     kind = plan.planner.kind
     sentences = [_training_sentence(kind), _step_sentence(plan)]
+    if _allocates(plan):
+        sentences.append(_allocation_sentence(kind, plan.planner.init_ratio))
     share = percent_text(plan.planner.allowance)
     outside = plan.planner.outside_bytes
     needs = f"Needs: what the allocator reserves and {share} for what kernels take themselves"
@@ -233,6 +242,15 @@ def _training_sentence(kind: StepKind) -> str:
     )
 
 
+def _allocation_sentence(kind: StepKind, init_ratio: float) -> str:
+    score = "P, lambda and Q" if kind.score == "full" else "lambda alone"
+    orthogonality = "" if kind.orth_reg else "; P and Q are not kept orthogonal"
+    return (
+        f"A rank is the target, and memory that of the initial one, {init_ratio:g} times as high; "
+        f"importance from {score}{orthogonality}."
+    )
+
+
 def _step_sentence(plan: Plan) -> str:
     micro = plan.micro_batch_size
     if micro != "auto":
@@ -287,12 +305,17 @@ def _has_parts(plan: Plan) -> bool:
     return plan.micro_batch_size != plan.batch_size
 
 
+def _allocates(plan: Plan) -> bool:
+    return plan.planner.kind.method in ADALORA_METHODS
+
+
 def _names_card(plan: Plan) -> bool:
     return plan.memory_budget is None and plan.planner.kind.device_type == "cuda"
 
 
 COLUMNS = (
     PlanColumn("rank", lambda s: str(s.row.rank)),
+    PlanColumn("initial", lambda s: str(s.row.init_rank), _allocates, always=False),
     PlanColumn("micro", lambda s: str(s.row.prediction.micro_batch_size), _has_parts),
     PlanColumn("peak", lambda s: _marked(s, s.row.prediction.peak_bytes)),
     PlanColumn("needs", lambda s: _marked(s, s.row.needed_bytes)),

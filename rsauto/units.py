@@ -91,6 +91,12 @@ def objective_text(objective: str) -> str:
     return objective.replace("_", " ")
 
 
-def method_text(method: str) -> str:
-    """'rslora' as 'rsLoRA'."""
-    return METHOD_NAMES.get(method, method)
+def method_text(method: str, *, is_refit: bool = False) -> str:
+    """'rslora' as 'rsLoRA', and with the ranks that AdaLoRA found as 'rsLoRA refit'."""
+    name = METHOD_NAMES.get(method, method)
+    return f"{name} refit" if is_refit else name
+
+
+def rank_text(rank: int, init_rank: int | None) -> str:
+    """'32', and for AdaLoRA, which starts with more than it keeps, '32 (from 48)'."""
+    return str(rank) if init_rank is None else f"{rank} (from {init_rank})"

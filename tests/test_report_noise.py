@@ -6,8 +6,9 @@ import math
 import statistics
 
 import pytest
-from test_report_records import record, with_loss
+from test_report_records import allocated, record, refit, with_loss
 
+from rsauto.records import AllocationSpec
 from rsauto.report.noise import CONFIGURATION, configurations, seed_noise, t_quantile
 from rsauto.report.table import table
 
@@ -77,6 +78,28 @@ def test_every_setting_tells_configurations_apart(name: str) -> None:
     changed = "other" if str(frame[name].dtype) == "string" else 3
     frame.loc[1, name] = changed
     assert len(configurations(frame)) == 2
+
+
+def test_ranks_that_were_given_tell_configurations_apart() -> None:
+    """A refit is neither rsLoRA of one rank nor a refit of other ranks; its own seeds repeat it."""
+    trials = [
+        with_loss(record(0, 2, 4e-3), 1.0),
+        with_loss(refit(1), 1.1),
+        with_loss(refit(2, role="seed", seed=1), 1.2),
+        with_loss(refit(3, {"model.layers.0.mlp.up_proj": 2}), 1.3),
+    ]
+    assert configurations(table(trials))["numbers"].tolist() == ["0", "1,2", "3"]
+
+
+def test_ranks_that_adalora_found_are_a_result_and_tell_nothing_apart() -> None:
+    trials = [
+        with_loss(allocated(0), 1.0),
+        with_loss(allocated(1, {"model.layers.0.mlp.up_proj": 2}, seed=1), 1.1),
+        with_loss(allocated(2, seed=1, lambda_lr_ratio=4.0), 1.1),
+        with_loss(allocated(3, seed=1, init_rank=4), 1.1),
+        with_loss(allocated(4, seed=1, allocation=AllocationSpec(tinit=9, tfinal=30)), 1.1),
+    ]
+    assert configurations(table(trials))["numbers"].tolist() == ["0,1", "2", "3", "4"]
 
 
 def test_a_longer_run_is_another_configuration() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report_records import record, study_records, with_loss, write_study
+from test_report_records import allocated, record, study_records, with_loss, write_study
 from typer.testing import CliRunner
 
 from rsauto.cli import app
@@ -106,6 +106,7 @@ def test_hostile_text_is_escaped_wherever_it_may_come_from(tmp_path: Path) -> No
         with_loss(record(1, 8, 2e-3, metrics={}, worker=HOSTILE), 1.1),
         record(2, 8, 1e-3, outcome="failed", error=HOSTILE),
         record(3, 8, 1e-3, target_modules=(HOSTILE, "$x_1$")),
+        with_loss(allocated(4, {f"a.0.{HOSTILE}": 3, "a.0.$x_1$": 1}), 1.2),
     ]
     trials[0].metrics[HOSTILE] = 0.5
     write_report(write_study(tmp_path, trials, environment={HOSTILE: {"<b>": HOSTILE}}))

@@ -10,11 +10,11 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rsauto import study_file
 from rsauto.config import SearchConfig, StudyConfig, TrainingConfig
-from rsauto.records import EvalPoint, TrialRecord, dump_line
+from rsauto.records import AllocationSpec, EvalPoint, Role, TrialRecord, dump_line
 from rsauto.scaling import gamma_r
 
 MIB = 2**20
@@ -105,6 +105,37 @@ def with_loss(trial: TrialRecord, loss: float, solo: bool = False) -> TrialRecor
     )
 
 
+PATTERN = {
+    "model.layers.0.self_attn.q_proj": 0,
+    "model.layers.0.mlp.up_proj": 1,
+    "model.layers.1.self_attn.q_proj": 2,
+    "model.layers.1.mlp.up_proj": 5,
+}
+
+
+def allocated(number: int, pattern: dict[str, int] = PATTERN, **changes: Any) -> TrialRecord:
+    """A complete AdaLoRA trial that came to these ranks."""
+    rank = changes.pop("rank", 2)
+    fields: dict[str, Any] = {
+        "method": "adalora",
+        "scaling_rule": "lora",
+        "init_rank": 3 * rank,
+        "target_rank": rank,
+        "lambda_lr_ratio": 16.0,
+        "allocation": AllocationSpec(tinit=10, tfinal=30),
+        "rank_pattern": pattern,
+        "r_max": max(pattern.values()),
+    }
+    return record(number, rank, 1e-2, **{**fields, **changes})
+
+
+def refit(number: int, pattern: dict[str, int] = PATTERN, **changes: Any) -> TrialRecord:
+    """A complete rsLoRA trial that was given the ranks of ``pattern`` that are not 0."""
+    kept = {module: rank for module, rank in pattern.items() if rank}
+    rank, fields = changes.pop("rank", 2), {"role": "refit", "r_max": max(kept.values())}
+    return record(number, rank, 4e-3, rank_pattern=kept, **{**fields, **changes})
+
+
 def true_loss(rank: int, learning_rate: float, method: str = "rslora") -> float:
     """Less with rank, and a parabola in log learning rate around a best that falls with rank."""
     best_rate = 2e-3 if method == "lora" else 2.4e-3 * (rank / 8) ** -0.25
@@ -114,7 +145,8 @@ def true_loss(rank: int, learning_rate: float, method: str = "rslora") -> float:
 
 
 def study_records(seed: int = 3) -> list[TrialRecord]:
-    """A whole study: defaults, search, every outcome, finalists on three seeds."""
+    """A whole study: defaults, search, every outcome, finalists on three seeds, and AdaLoRA with a
+    refit of its ranks."""
     noise = random.Random(seed)
     found: list[TrialRecord] = []
 
@@ -136,7 +168,13 @@ def study_records(seed: int = 3) -> list[TrialRecord]:
             finish(record(0, rank, rate, role="seed", seed=repeat), solo=True)
     for repeat in (1, 2):
         finish(record(0, 8, 2e-3, role="seed", method="lora", alpha=8, seed=repeat), solo=True)
-    return found
+    number = len(found)
+    return [
+        *found,
+        with_loss(allocated(number), 1.40, solo=True),
+        with_loss(allocated(number + 1, method="rsadalora", scaling_rule="rslora"), 1.41),
+        with_loss(refit(number + 2), 1.39, solo=True),
+    ]
 
 
 def _unfinished(start: int) -> list[TrialRecord]:
@@ -185,5 +223,5 @@ def test_the_invented_study_has_every_outcome_and_role() -> None:
     assert {r.outcome for r in found} == {
         "complete", "pruned", "infeasible", "oom", "diverged", "failed"
     }  # fmt: skip
-    assert {r.role for r in found} == {"default", "default_tuned", "search", "seed"}
+    assert {r.role for r in found} == {*get_args(Role)}
     assert [r.number for r in found] == list(range(len(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from test_report_records import (
     BUDGET,
     ENVIRONMENT,
+    allocated,
     record,
+    refit,
     study_config,
     study_records,
     with_loss,
@@ -19,8 +22,10 @@ from test_report_records import (
 )
 
 from rsauto.errors import InputError
-from rsauto.records import TrialRecord, dump_line
+from rsauto.records import AllocationSpec, TrialRecord, dump_line
+from rsauto.report.page import write_report
 from rsauto.report.table import (
+    ALLOCATION_COLUMNS,
     COLUMNS,
     LEFT_OUT,
     PEFT_NAMES,
@@ -36,6 +41,21 @@ from rsauto.report.table import (
 def test_every_field_of_a_record_has_a_column_or_is_left_out_on_purpose() -> None:
     fields = {field.name for field in dataclasses.fields(TrialRecord)}
     assert set(COLUMNS) == fields - LEFT_OUT
+    parts = {f"allocation_{field.name}" for field in dataclasses.fields(AllocationSpec)}
+    assert set(ALLOCATION_COLUMNS) == parts
+
+
+def test_an_allocation_becomes_columns_that_are_empty_for_other_methods() -> None:
+    spec = AllocationSpec(tinit=7, tfinal=9, recovery="none", score="lambda", beta2=0.5)
+    frame = table([allocated(0, allocation=spec), refit(1), record(2, 8, 1e-3)])
+    row = frame.iloc[0]
+    assert (row["allocation_tinit"], row["allocation_tfinal"]) == (7, 9)
+    assert (row["allocation_recovery"], row["allocation_score"]) == ("none", "lambda")
+    assert row["allocation_beta2"] == 0.5 and pd.isna(row["allocation_init_std"])
+    assert (row["init_rank"], row["target_rank"], row["r_max"]) == (6, 2, 5)
+    assert row["lambda_lr_ratio"] == 16.0
+    assert frame[list(ALLOCATION_COLUMNS)].iloc[1:].isna().all(axis=None)
+    assert frame["refit"].tolist() == [False, True, False]
 
 
 def test_columns_and_types_do_not_depend_on_the_rows() -> None:
@@ -103,6 +123,23 @@ def test_a_metric_written_as_null_is_absent(tmp_path: Path) -> None:
     line = dump_line(dataclasses.replace(trial, metrics={"accuracy": math.nan, "f1": 0.5}))
     (tmp_path / "trials.jsonl").write_text(line + "\n")
     assert read_records(tmp_path)[0].metrics == {"f1": 0.5}
+
+
+def test_a_record_from_before_adalora_reads_as_one_of_a_single_rank(tmp_path: Path) -> None:
+    new = {
+        "init_rank", "target_rank", "r_max", "rank_pattern", "allocation", "lambda_lr_ratio"
+    }  # fmt: skip
+    lines = []
+    for trial in study_records():
+        if trial.rank_pattern is None:
+            data = {key: value for key, value in trial.to_json().items() if key not in new}
+            lines.append(json.dumps(data))
+    write_study(tmp_path, [])
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines) + "\n")
+    verdict = write_report(tmp_path)
+    assert verdict.recommended is not None and verdict.recommended.rank == 64
+    assert "largest rank" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "figures" / "rank_map.svg").exists()
 
 
 def test_an_unknown_field_of_a_newer_version_is_skipped(tmp_path: Path) -> None:

@@ -227,8 +227,8 @@ def test_rank_table() -> None:
     verdict = judge(study_config(), found, ENVIRONMENT)
     frame = rank_table(found, verdict)
     assert {name: str(frame[name].dtype) for name in frame.columns} == RANK_COLUMNS
-    assert frame["rank"].tolist() == [2, 4, 8, 8, 16, 32, 64, 128, 256]
-    by_rank = frame[frame["method"] == "rslora"].set_index("rank")
+    assert frame["rank"].tolist() == [2, 2, 2, 2, 4, 8, 8, 16, 32, 64, 128, 256]
+    by_rank = frame[(frame["method"] == "rslora") & ~frame["refit"]].set_index("rank")
     assert by_rank.loc[64, "marks"] == "recommended" and by_rank.loc[128, "marks"] == "best"
     assert by_rank.loc[64, "objective"] == verdict.standings["recommended"].objective
     assert by_rank.loc[64, "best_single"] < by_rank.loc[64, "objective"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from rsauto.report.table import COLUMNS, PEFT_NAMES
+from rsauto.report.table import ALLOCATION_COLUMNS, COLUMNS, PEFT_NAMES, is_refit
 from rsauto.report.verdict import Verdict
+from rsauto.report.wording import needs_room
 from rsauto.units import (
     ABSENT,
     bytes_text,
@@ -37,14 +38,17 @@ class Grid:
 
 
 _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
+_TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern"})
+"""Of the list of trials: other names of its columns, and a pattern, which is a figure."""
 _Write = Callable[[Any], str]
 
 
 def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
-    """``rank_table`` in words."""
+    """``rank_table`` in words. The largest rank is shown where modules differ in theirs."""
     wording: tuple[tuple[str, str, _Write], ...] = (
         ("rank", "rank", str),
-        ("method", "method", method_text),
+        ("method", "method", str),
+        ("r_max", "largest rank", str),
         ("marks", "", str),
         ("objective", objective_text(verdict.objective), value_text),
         ("num_seeds", "seeds", str),
@@ -60,11 +64,17 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("flops", "FLOPs", count_text),
         ("num_complete", "finished", str),
     )
+    names = [
+        method_text(method, is_refit=refit)
+        for method, refit in zip(ranks["method"], ranks["refit"], strict=True)
+    ]
+    if not (ranks["r_max"] > ranks["rank"]).any():
+        wording = tuple(entry for entry in wording if entry[0] != "r_max")
     classes = tuple(
         "recommended" if "recommended" in str(marks) else "" if fits is True else "unfit"
         for marks, fits in zip(ranks["marks"], ranks["fits"].astype(object), strict=True)
     )
-    return _grid(ranks, wording, classes)
+    return _grid(ranks.assign(method=names), wording, classes)
 
 
 def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
@@ -73,10 +83,15 @@ def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
     rest = [
         str(name)
         for name in trials.columns
-        if name not in first and name not in PEFT_NAMES and trials[name].nunique(dropna=False) > 1
+        if name not in first and name not in _TOLD_ELSEWHERE and _differs(trials, str(name))
     ]
     wording = tuple((name, name.replace("_", " "), _writer(name)) for name in (*first, *rest))
     return _grid(trials, wording, tuple(str(outcome) for outcome in trials["outcome"]))
+
+
+def _differs(trials: pd.DataFrame, name: str) -> bool:
+    """Whether a column tells trials apart. That only AdaLoRA has an allocation, its name says."""
+    return trials[name].nunique(dropna=name in ALLOCATION_COLUMNS) > 1
 
 
 def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
@@ -86,9 +101,14 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
     chosen = verdict.standings.get("recommended")
     if chosen is not None:
         record = chosen.record
-        settings = f"{method_text(record.method)}, alpha {record.alpha}"
-        rate = f"learning rate {rate_text(record.learning_rate)}"
-        found.append(("rank to take", str(record.rank), f"{settings}, {rate}"))
+        settings = [
+            method_text(record.method, is_refit=is_refit(record)),
+            f"alpha {record.alpha}",
+            f"learning rate {rate_text(record.learning_rate)}",
+        ]
+        if needs_room(record):
+            settings.append(f"largest rank of a module {record.r_max}")
+        found.append(("rank to take", str(record.rank), ", ".join(settings)))
         seeds = f"mean of {chosen.num_seeds} seeds" if chosen.num_seeds > 1 else "one seed"
         if verdict.baseline is not None:
             seeds += f"; base model {value_text(verdict.baseline)}"
@@ -140,8 +160,8 @@ def _writer(name: str) -> _Write:
         return seconds_text
     if name in ("flops", "tokens", "num_trainable_params"):
         return count_text
-    if name == "feasible":
-        return lambda feasible: "yes" if feasible else "no"
-    if COLUMNS.get(name, "Float64") == "Float64":
+    if name in ("feasible", "refit"):
+        return lambda holds: "yes" if holds else "no"
+    if {**COLUMNS, **ALLOCATION_COLUMNS}.get(name, "Float64") == "Float64":
         return lambda value: f"{value:.4g}"
     return str

@@ -6,11 +6,13 @@ import io
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from rsauto.report.panel import GREY, Layer, Panel
+from rsauto.report.panel import GREY, NONE, SCALE, HeatMap, Layer, Panel
 
 _MARKERS = {
     "circle": "o",
@@ -37,18 +39,75 @@ _STYLE: Any = {
 }
 
 
-def drawing(panel: Panel) -> bytes:
+def drawing(panel: Panel | HeatMap) -> bytes:
     """The panel as an SVG file on white."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.0, 4.8), layout="constrained")
-        axes = figure.add_subplot()
-        for layer in panel.layers:
-            _draw(axes, layer)
-        _dress(axes, panel)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure = _heat_map(panel) if isinstance(panel, HeatMap) else _layers(panel)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        metadata = {"Date": None, "Creator": None, "Title": panel.alt}
+        figure.savefig(buffer, format="svg", metadata=metadata)
     return buffer.getvalue()
+
+
+def _layers(panel: Panel) -> Figure:
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for layer in panel.layers:
+        _draw(axes, layer)
+    _dress(axes, panel)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _heat_map(panel: HeatMap) -> Figure:
+    height = min(max(3.6, 1.6 + 0.26 * len(panel.rows)), 12.0)
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    axes = figure.add_subplot()
+    values = np.ma.masked_invalid(np.array(panel.values, dtype=float))
+    colours = LinearSegmentedColormap.from_list("", SCALE).with_extremes(under=NONE)
+    # A mesh, because an image would be pixels inside of the file.
+    mesh = axes.pcolormesh(
+        values, cmap=colours, vmin=0.5, vmax=panel.largest, edgecolors="white", linewidth=0.6
+    )
+    if panel.has_room:
+        _write_values(axes, panel)
+    _name_cells(axes, panel)
+    axes.set_title(_plain(panel.title), loc="left", fontsize=11)
+    axes.set_xlabel(_plain(panel.x_label))
+    axes.set_ylabel(_plain(panel.y_label))
+    figure.colorbar(
+        mesh,
+        label=_plain(panel.value_label),
+        ticks=MaxNLocator(8, integer=True),
+        extend="min" if values.min() == 0 else "neither",
+        extendfrac=0.03,
+        aspect=30,
+    )
+    return figure
+
+
+def _name_cells(axes: Axes, panel: HeatMap) -> None:
+    """Rows from the top. A cell stands between whole numbers, its middle half a step further."""
+    across = [_plain(panel.columns[i]) for i in panel.labelled_columns]
+    axes.set_xticks([i + 0.5 for i in panel.labelled_columns], across)
+    if len("".join(across)) > 60:
+        axes.tick_params("x", labelrotation=30)
+    axes.set_yticks(
+        [i + 0.5 for i in panel.labelled_rows],
+        [_plain(panel.rows[i]) for i in panel.labelled_rows],
+    )
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _write_values(axes: Axes, panel: HeatMap) -> None:
+    for y, row in enumerate(panel.values):
+        for x, value in enumerate(row):
+            if value is not None:
+                axes.text(
+                    x + 0.5, y + 0.5, str(value), color=panel.ink(value), ha="center", va="center"
+                )
 
 
 def _draw(axes: Axes, layer: Layer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from rsauto.records import TrialRecord
+from rsauto.report.curves import curves_panel
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.panel import (
     BLUE,
@@ -17,15 +18,16 @@ from rsauto.report.panel import (
     GREY,
     ORANGE,
     PINK,
-    SKY,
+    RANK_COLOURS,
     VERMILLION,
-    YELLOW,
+    HeatMap,
     Layer,
     Panel,
     Symbol,
 )
 from rsauto.report.pareto import pareto
 from rsauto.report.predictions import predictions_panel
+from rsauto.report.rank_map import rank_map
 from rsauto.report.table import cost_bytes, table
 from rsauto.report.verdict import Verdict
 from rsauto.units import (
@@ -33,13 +35,19 @@ from rsauto.units import (
     bytes_text,
     method_text,
     objective_text,
+    rank_text,
     rate_text,
     value_text,
 )
 
 _METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
-_RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
 _RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "down")
+_KINDS: tuple[tuple[str, Symbol, str], ...] = (
+    ("searched", "circle", "{}"),
+    ("default", "square", "{}, default adapter"),
+    ("refit", "up", "{} refit, AdaLoRA's ranks"),
+)
+"""Trials that finished: what sort, how drawn, and called in the legend."""
 _AT_THE_EDGE = "Trials without a value, or far off the scale, stand at the edge."
 _UNFINISHED: dict[str, tuple[Symbol, str]] = {
     "pruned": ("down", GREY),
@@ -50,7 +58,7 @@ _UNFINISHED: dict[str, tuple[Symbol, str]] = {
 }
 
 
-def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel, ...]:
+def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel | HeatMap, ...]:
     """The figures for which the records have something to show."""
     trials = table(records)
     if verdict.objective not in trials.columns or trials[verdict.objective].notna().sum() == 0:
@@ -59,7 +67,8 @@ def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel, ...
         _memory(trials, verdict),
         _by_rank(trials, verdict),
         _learning_rates(trials, verdict),
-        _curves(records),
+        rank_map(records, verdict),
+        curves_panel(records),
         predictions_panel(trials),
     )
     return tuple(panel for panel in found if panel is not None)
@@ -121,15 +130,18 @@ def _hover(row: pd.Series[Any], objective: str) -> str:
     """Lines about a trial, joined by newlines."""
     value = row[objective]
     peak = row["predicted_peak_bytes"]
-    return "\n".join(
-        (
-            f"trial {row['number']}, {row['outcome']}, seed {row['seed']}",
-            f"{method_text(row['method'])} rank {row['rank']}, alpha {row['alpha']}, "
-            f"learning rate {rate_text(row['learning_rate'])}",
-            f"{objective_text(objective)} {value_text(None if pd.isna(value) else float(value))}",
-            f"predicted peak {bytes_text(None if pd.isna(peak) else int(peak))}",
-        )
-    )
+    start = None if pd.isna(row["init_rank"]) else int(row["init_rank"])
+    lines = [
+        f"trial {row['number']}, {row['outcome']}, seed {row['seed']}",
+        f"{method_text(row['method'], is_refit=row['refit'])} rank "
+        f"{rank_text(row['rank'], start)}, alpha {row['alpha']}, "
+        f"learning rate {rate_text(row['learning_rate'])}",
+        f"{objective_text(objective)} {value_text(None if pd.isna(value) else float(value))}",
+        f"predicted peak {bytes_text(None if pd.isna(peak) else int(peak))}",
+    ]
+    if not pd.isna(row["r_max"]) and row["r_max"] > row["rank"]:
+        lines.insert(2, f"largest rank of a module {row['r_max']}")
+    return "\n".join(lines)
 
 
 def _trial_layers(
@@ -138,15 +150,14 @@ def _trial_layers(
     """All trials: those that finished by method, the rest by how they ended."""
     trials = trials[trials[x].notna()]
     done = full_runs(trials, verdict.objective)
-    is_default = _is_default(done)
+    kind = _is_default(done).map({True: "default", False: "searched"})
+    kind = kind.mask(done["refit"], "refit")
     layers = []
     for method in sorted(done["method"].unique(), reverse=True):
         colour = _METHOD_COLOURS.get(method, GREY)
-        kinds: tuple[tuple[bool, Symbol], ...] = ((False, "circle"), (True, "square"))
-        for defaults, symbol in kinds:
-            rows = done[(done["method"] == method) & (is_default == defaults)]
-            name = f"{method_text(method)}{', default adapter' if defaults else ''}"
-            layer = _points(name, rows, x, divisor, verdict, scale)
+        for which, symbol, name in _KINDS:
+            rows = done[(done["method"] == method) & (kind == which)]
+            layer = _points(name.format(method_text(method)), rows, x, divisor, verdict, scale)
             layers.append(replace(layer, colour=colour, symbol=symbol, opacity=0.9))
     rest = trials.drop(index=done.index)
     for outcome, (symbol, colour) in _UNFINISHED.items():
@@ -235,16 +246,16 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
     scale = _scale(trials, verdict)
     done = full_runs(trials, verdict.objective)
     lines = []
-    for method, group in done.groupby("method"):
+    for (method, refit), group in done.groupby(["method", "refit"]):
         best = group.groupby("rank")[verdict.objective]
         line = (best.min() if verdict.minimize else best.max()).sort_index()
         lines.append(
             Layer(
-                name=f"best of {method_text(str(method))}",
+                name=f"best of {method_text(str(method), is_refit=bool(refit))}",
                 x=tuple(float(rank) for rank in line.index),
                 y=tuple(scale.place(float(v)) for v in line),
                 colour=_METHOD_COLOURS.get(str(method), GREY),
-                dash="solid",
+                dash="dot" if refit else "solid",
             )
         )
     name = objective_text(verdict.objective)
@@ -268,15 +279,15 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     scale = _scale(trials, verdict)
     done = full_runs(trials, verdict.objective).sort_values("learning_rate", kind="stable")
     layers = []
-    kinds = sorted(set(zip(trials["rank"], trials["method"], strict=True)))
-    for (rank, method), rows in done.groupby(["rank", "method"]):
-        index = kinds.index((rank, method))
+    kinds = sorted(set(zip(trials["rank"], trials["method"], trials["refit"], strict=True)))
+    for (rank, method, refit), rows in done.groupby(["rank", "method", "refit"]):
+        index = kinds.index((rank, method, refit))
         layer = _points("", rows, "learning_rate", 1.0, verdict, scale)
         layers.append(
             replace(
                 layer,
-                name=f"{method_text(str(method))} {rank}",
-                colour=_RANK_COLOURS[index % len(_RANK_COLOURS)],
+                name=f"{method_text(str(method), is_refit=bool(refit))} {rank}",
+                colour=RANK_COLOURS[index % len(RANK_COLOURS)],
                 symbol=_RANK_SYMBOLS[index % len(_RANK_SYMBOLS)],
                 dash="dash" if method == "lora" else "solid",
                 opacity=0.95,
@@ -307,41 +318,3 @@ def _rate_ticks(rates: pd.Series[float]) -> tuple[tuple[float, str], ...]:
     ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
     inside = [t for t in ticks if rates.min() / 2.5 <= t <= rates.max() * 2.5]
     return tuple((tick, rate_text(tick)) for tick in inside)
-
-
-def _curves(records: Sequence[TrialRecord]) -> Panel | None:
-    """Validation loss over the steps: solid where the trial finished, dotted where it did not."""
-    kinds = sorted({(r.rank, r.method) for r in records})
-    layers = []
-    named: set[tuple[int, str]] = set()
-    for record in sorted(records, key=lambda r: (r.rank, r.method, r.number)):
-        points = [p for p in record.curve if math.isfinite(p.eval_loss)]
-        if not points:
-            continue
-        kind = (record.rank, record.method)
-        label = f"{method_text(record.method)} {record.rank}"
-        layers.append(
-            Layer(
-                name=label,
-                x=tuple(float(p.step) for p in points),
-                y=tuple(p.eval_loss for p in points),
-                colour=_RANK_COLOURS[kinds.index(kind) % len(_RANK_COLOURS)],
-                symbol="circle",
-                size=4.0,
-                dash="solid" if record.outcome == "complete" else "dot",
-                opacity=0.8,
-                hover=tuple(f"trial {record.number}, {label}, {record.outcome}" for _ in points),
-                in_legend=kind not in named,
-            )
-        )
-        named.add(kind)
-    if not layers:
-        return None
-    return Panel(
-        key="curves",
-        title="Loss curves",
-        caption="Validation loss at every evaluation; trials that were stopped are dotted.",
-        x_label="step",
-        y_label="eval loss",
-        layers=tuple(layers),
-    )

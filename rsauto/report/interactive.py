@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from rsauto.report.panel import GREY, Layer, Panel
+from rsauto.report.panel import GREY, NONE, SCALE, HeatMap, Layer, Panel
 
 _SYMBOLS = {
     "circle": "circle",
@@ -23,17 +24,24 @@ _SYMBOLS = {
 _HEIGHT = 460
 
 
-def interactive(panel: Panel) -> go.Figure:
+def interactive(panel: Panel | HeatMap) -> go.Figure:
     """The panel as a figure without a background, so that it suits a light and a dark page."""
-    figure = go.Figure([_trace(layer) for layer in panel.layers])
+    figure = _heat_map(panel) if isinstance(panel, HeatMap) else _layers(panel)
     figure.update_layout(
         template="none",
-        height=_HEIGHT,
         margin={"l": 64, "r": 16, "t": 28, "b": 64},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": GREY},
         hoverlabel={"align": "left"},
+    )
+    return figure
+
+
+def _layers(panel: Panel) -> go.Figure:
+    figure = go.Figure([_trace(layer) for layer in panel.layers])
+    figure.update_layout(
+        height=_HEIGHT,
         legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
         xaxis=_x_axis(panel),
         yaxis=_axis(panel.y_label),
@@ -48,6 +56,63 @@ def interactive(panel: Panel) -> go.Figure:
             annotation_position="top left",
         )
     return figure
+
+
+def _heat_map(panel: HeatMap) -> go.Figure:
+    """Cells by position, since two rows may be called the same."""
+    zero = 0.5 / panel.largest
+    rises = [zero + (1 - zero) * i / (len(SCALE) - 1) for i in range(len(SCALE))]
+    trace = go.Heatmap(
+        z=[list(row) for row in panel.values],
+        zmin=0,
+        zmax=panel.largest,
+        colorscale=[(0.0, NONE), (zero, NONE), *zip(rises, SCALE, strict=True)],
+        colorbar={"title": {"text": html.escape(panel.value_label)}, "thickness": 14},
+        xgap=1,
+        ygap=1,
+        hovertext=[[html.escape(text) for text in row] for row in panel.hover],
+        hoverinfo="text",
+        hoverongaps=False,
+    )
+    figure = go.Figure([trace, _numbers(panel)] if panel.has_room else trace)
+    rows = _cell_axis(panel.y_label, panel.rows, panel.labelled_rows)
+    figure.update_layout(
+        height=min(max(_HEIGHT, 110 + 20 * len(panel.rows)), 910),
+        xaxis=_cell_axis(panel.x_label, panel.columns, panel.labelled_columns),
+        yaxis=rows | {"range": [len(panel.rows) - 0.5, -0.5]},
+    )
+    return figure
+
+
+def _numbers(panel: HeatMap) -> go.Scatter:
+    """A number on every cell. Plotly's own would be grey on the middle of the scale."""
+    cells = [
+        (x, y, value)
+        for y, row in enumerate(panel.values)
+        for x, value in enumerate(row)
+        if value is not None
+    ]
+    return go.Scatter(
+        x=[x for x, _, _ in cells],
+        y=[y for _, y, _ in cells],
+        mode="text",
+        text=[str(value) for _, _, value in cells],
+        textfont={"color": [panel.ink(value) for _, _, value in cells], "size": 12},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _cell_axis(label: str, names: Sequence[str], labelled: Sequence[int]) -> dict[str, Any]:
+    return {
+        **_axis(label),
+        "ticks": "",
+        "showgrid": False,
+        "showline": False,
+        "tickvals": list(labelled),
+        "ticktext": [html.escape(names[i]) for i in labelled],
+        "range": [-0.5, len(names) - 0.5],
+    }
 
 
 def _axis(label: str) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from rsauto import study_file
 from rsauto.report.cells import Grid, tiles
-from rsauto.report.panel import Panel
+from rsauto.report.panel import HeatMap, Panel
 from rsauto.report.table import Study
 from rsauto.report.verdict import Verdict
 
 
-def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel]) -> str:
+def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
     """The verdict, the rank table, the figures, what did not finish, and the study file."""
     parts = [
         f"# {_inline(study.config.name)}",
@@ -29,7 +29,7 @@ def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel]
         parts += ["## What each rank costs and what it buys",
                   _table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
     for panel in shown:
-        parts += [f"![{_inline(panel.title)}](figures/{panel.key}.svg)", _inline(panel.caption)]
+        parts += [f"![{_inline(panel.alt)}](figures/{panel.key}.svg)", _inline(panel.caption)]
     parts += _unfinished(study)
     parts += ["## Study", _fenced(study_file.dump(study.config), "yaml")]
     return "\n\n".join(parts) + "\n"

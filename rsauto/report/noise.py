@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from rsauto.report.table import metric_columns
+from rsauto.records import ADALORA_METHODS
+from rsauto.report.table import ALLOCATION_COLUMNS, metric_columns
 
 CONFIGURATION = (
     "method",
@@ -39,9 +40,11 @@ CONFIGURATION = (
     "batch_size",
     "max_length",
     "num_evals",
+    *ALLOCATION_COLUMNS,
 )
-"""What makes two trials repetitions of one another, with the planned number of steps: everything
-that decides a trial but its seed. How a batch is split (micro_batch_size) changes only rounding."""
+"""What makes two trials repetitions of one another, with the planned number of steps and a rank
+pattern that was given: everything that decides a trial but its seed. How a batch is split
+(micro_batch_size) changes only rounding."""
 
 _AVERAGED = (
     "eval_loss",
@@ -194,8 +197,20 @@ def _keys(trials: pd.DataFrame) -> list[Hashable]:
     promise for its nullable types."""
     names = [name for name in CONFIGURATION if name in trials.columns]
     columns = [_plain(trials[name]) for name in names]
-    columns.append(_planned_steps(trials))
+    columns += [_planned_steps(trials), _given_patterns(trials)]
     return list(zip(*columns, strict=True))
+
+
+def _given_patterns(trials: pd.DataFrame) -> list[Any]:
+    """The rank pattern a trial was told to train. AdaLoRA's is its result and moves with the seed,
+    so it tells no two configurations apart."""
+    if "rank_pattern" not in trials.columns:
+        return [None] * len(trials)
+    methods = trials["method"] if "method" in trials.columns else [None] * len(trials)
+    return [
+        None if method in ADALORA_METHODS else pattern
+        for method, pattern in zip(methods, _plain(trials["rank_pattern"]), strict=True)
+    ]
 
 
 def _planned_steps(trials: pd.DataFrame) -> list[Any]:

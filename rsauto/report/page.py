@@ -21,12 +21,12 @@ from rsauto.report.drawing import drawing
 from rsauto.report.figures import panels
 from rsauto.report.interactive import interactive
 from rsauto.report.markdown import markdown
-from rsauto.report.panel import Panel
+from rsauto.report.panel import HeatMap, Panel
 from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, load_study
 from rsauto.report.verdict import Verdict, judge
 
-FIGURES = ("memory", "rank", "learning_rate", "curves", "predictions")
+FIGURES = ("memory", "rank", "learning_rate", "rank_map", "curves", "predictions")
 """Keys of the panels, names of the files in figures/."""
 
 
@@ -79,7 +79,7 @@ def parquet_bytes(trials: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel]) -> str:
+def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
     """report.html: one file that opens offline, everything that it shows escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,13 @@ Dash = Literal["solid", "dash", "dot"]
 # black is left out because it vanishes on a dark page, and grey stands in for it.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8A8A"
+RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
+
+SCALE = ("#D9EBF8", "#56A5D6", BLUE, "#06284A")
+"""A heat map's colours from 1 to its largest number. They darken evenly, so that they can be told
+apart without seeing colour, and every cell is filled, so that they suit a light and a dark page."""
+NONE = "#F2B84B"
+"""A heat map's colour of 0, which must not pass for a small number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,3 +59,55 @@ class Panel:
     x_limit: float | None = None
     x_limit_name: str = ""
     """A vertical line, such as the memory budget."""
+
+    @property
+    def alt(self) -> str:
+        """What stands for the figure where it cannot be seen."""
+        return self.title
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeatMap:
+    """One figure of numbers, zero or more, in rows and columns."""
+
+    key: str
+    title: str
+    caption: str
+    alt: str
+    """What stands for the figure where it cannot be seen."""
+    x_label: str
+    y_label: str
+    value_label: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    """From the top."""
+    values: tuple[tuple[int | None, ...], ...]
+    """A tuple a row; None leaves a cell empty."""
+    hover: tuple[tuple[str, ...], ...]
+
+    @property
+    def largest(self) -> int:
+        """Of the values, 1 at least."""
+        return max([1, *(v for row in self.values for v in row if v is not None)])
+
+    def ink(self, value: int) -> str:
+        """The colour of a number on its cell, legible on all of SCALE and on NONE."""
+        return "#FFFFFF" if value > 0.6 * self.largest else "#000000"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the cells are large enough to hold their numbers."""
+        return len(self.rows) <= 40 and len(self.columns) <= 16
+
+    @property
+    def labelled_rows(self) -> tuple[int, ...]:
+        """Rows whose name is written out: all, or as many as can be read."""
+        return _thinned(len(self.rows), 40)
+
+    @property
+    def labelled_columns(self) -> tuple[int, ...]:
+        return _thinned(len(self.columns), 24)
+
+
+def _thinned(count: int, most: int) -> tuple[int, ...]:
+    return tuple(range(0, count, max(1, math.ceil(count / most))))

@@ -10,12 +10,14 @@ import pandas as pd
 from rsauto.records import TrialRecord
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.pareto import fits
-from rsauto.report.table import needed_bytes, table
+from rsauto.report.table import is_refit, needed_bytes, table
 from rsauto.report.verdict import Verdict
 
 RANK_COLUMNS = {
     "method": "string",
+    "refit": "bool",
     "rank": "Int64",
+    "r_max": "Int64",
     "num_trials": "Int64",
     "num_complete": "Int64",
     "objective": "Float64",
@@ -34,7 +36,8 @@ RANK_COLUMNS = {
     "marks": "string",
 }
 """Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
-best_single the best single trial; the settings and costs are those of that configuration."""
+best_single the best single trial; the settings and costs are those of that configuration, and r_max
+is the largest rank of any of its modules, which a server must allow."""
 
 _COSTS = (
     "smallest_budget_bytes",
@@ -48,7 +51,7 @@ _COSTS = (
 
 
 def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame:
-    """One row for every method and rank, smallest rank first.
+    """One row for every method and rank, smallest rank first, and one for each rank's refits.
 
     A rank's configuration is the best of those that ran on the most seeds at that rank. A rank of
     which nothing finished still shows what it would need; ``fits`` is NA where that is not known.
@@ -59,7 +62,7 @@ def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame
         trials[verdict.objective] = pd.array([None] * len(trials), dtype="Float64")
     rows = [
         _row(group, verdict)
-        for _, group in trials.groupby(["rank", "method"], sort=True, observed=True)
+        for _, group in trials.groupby(["rank", "method", "refit"], sort=True, observed=True)
     ]
     return pd.DataFrame(rows, columns=list(RANK_COLUMNS)).astype(RANK_COLUMNS)
 
@@ -69,11 +72,12 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
     first = group.iloc[0]
     row: dict[str, Any] = {
         "method": first["method"],
+        "refit": first["refit"],
         "rank": first["rank"],
         "num_trials": len(group),
         "num_complete": len(runs),
         "fits": _fits(group, verdict.memory_budget_bytes),
-        "marks": _marks(int(first["rank"]), str(first["method"]), verdict),
+        "marks": _marks(first, verdict),
     }
     if runs.empty:
         return row | {name: group[name].min() for name in _COSTS[:4]}
@@ -81,7 +85,7 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
     rows = rows[rows["num_seeds"] == rows["num_seeds"].max()]
     best = rows.sort_values(verdict.objective, ascending=verdict.minimize, kind="stable").iloc[0]
     single = runs[verdict.objective]
-    row |= {name: best[name] for name in ("num_seeds", "alpha", "learning_rate", *_COSTS)}
+    row |= {name: best[name] for name in ("r_max", "num_seeds", "alpha", "learning_rate", *_COSTS)}
     return row | {
         "objective": best[verdict.objective],
         "best_single": single.min() if verdict.minimize else single.max(),
@@ -97,7 +101,8 @@ def _fits(group: pd.DataFrame, budget: int | None) -> bool | None:
     return False if known.all() else None
 
 
-def _marks(rank: int, method: str, verdict: Verdict) -> str:
+def _marks(row: pd.Series[Any], verdict: Verdict) -> str:
+    kind = (row["rank"], row["method"], row["refit"])
     named = {
         "recommended": verdict.recommended,
         "best": verdict.best,
@@ -107,5 +112,5 @@ def _marks(rank: int, method: str, verdict: Verdict) -> str:
     return ", ".join(
         name
         for name, record in named.items()
-        if record is not None and (record.rank, record.method) == (rank, method)
+        if record is not None and (record.rank, record.method, is_refit(record)) == kind
     )

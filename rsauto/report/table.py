@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from rsauto import study_file
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError
-from rsauto.records import TrialRecord
+from rsauto.records import ADALORA_METHODS, TrialRecord
 
 COLUMNS: Mapping[str, str] = {
     "number": "Int64",
@@ -77,7 +77,22 @@ COLUMNS: Mapping[str, str] = {
 """Fields of a record that become columns. Lists of modules are joined by commas, rank_pattern is
 JSON. The curve and activation_moments are left out; metrics become columns of their own name."""
 
-LEFT_OUT = frozenset({"metrics", "curve", "activation_moments"})
+ALLOCATION_COLUMNS: Mapping[str, str] = {
+    "allocation_tinit": "Int64",
+    "allocation_tfinal": "Int64",
+    "allocation_delta_t": "Int64",
+    "allocation_beta1": "Float64",
+    "allocation_beta2": "Float64",
+    "allocation_orth_reg_weight": "Float64",
+    "allocation_orth_reg_form": "string",
+    "allocation_score": "string",
+    "allocation_recovery": "string",
+    "allocation_scale_rank": "string",
+    "allocation_init_std": "Float64",
+}
+"""Columns made of a record's allocation: how AdaLoRA placed its rank, NA for other methods."""
+
+LEFT_OUT = frozenset({"allocation", "metrics", "curve", "activation_moments"})
 
 PEFT_NAMES: Mapping[str, str] = {
     "accelerator_memory_max": "measured_peak_bytes",
@@ -92,6 +107,7 @@ num_trainable_params has the same name there, and train_loss is the last point o
 difference: PEFT's memory is what the allocator reserved less a baseline, ours what was allocated.
 """
 
+_OURS = frozenset({*COLUMNS, *ALLOCATION_COLUMNS, *PEFT_NAMES, "train_loss", "feasible", "refit"})
 _NEEDS = ("predicted_peak_bytes", "predicted_reserved_bytes", "measured_peak_bytes")
 _RECORD = TypeAdapter(TrialRecord)
 
@@ -156,21 +172,25 @@ def read_records(folder: Path) -> list[TrialRecord]:
 def table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """One row a trial, every scalar field and metric a column; the same columns for no rows at all.
 
-    Beside the fields: train_loss (last point of the curve), one column a metric (``metric_NAME``
-    where a field has that name), feasible (see ``feasible``), and PEFT_NAMES.
+    Beside the fields: ALLOCATION_COLUMNS, train_loss (last point of the curve), one column a metric
+    (``metric_NAME`` where a field has that name), feasible (see ``feasible``), refit (see
+    ``is_refit``), and PEFT_NAMES.
     """
     columns: dict[str, Any] = {
         name: _column([_cell(getattr(record, name)) for record in records], dtype)
         for name, dtype in COLUMNS.items()
     }
+    for name, dtype in ALLOCATION_COLUMNS.items():
+        field = name.removeprefix("allocation_")
+        columns[name] = _column([getattr(r.allocation, field, None) for r in records], dtype)
     last_losses = [record.curve[-1].train_loss if record.curve else None for record in records]
     columns["train_loss"] = _column(last_losses, "Float64")
-    taken = {*COLUMNS, *PEFT_NAMES, "train_loss", "feasible"}
     for metric in sorted({name for record in records for name in record.metrics}):
-        name = f"metric_{metric}" if metric in taken else metric
+        name = f"metric_{metric}" if metric in _OURS else metric
         columns[name] = _column([record.metrics.get(metric) for record in records], "Float64")
     frame = pd.DataFrame(columns)
     frame["feasible"] = feasible(frame)
+    frame["refit"] = pd.Series([is_refit(record) for record in records], dtype=bool)
     for name, source in PEFT_NAMES.items():
         frame[name] = frame[source]
     return frame
@@ -178,8 +198,15 @@ def table(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 def metric_columns(trials: pd.DataFrame) -> list[str]:
     """Columns of a table that came from metrics."""
-    ours = {*COLUMNS, *PEFT_NAMES, "train_loss", "feasible"}
-    return [str(name) for name in trials.columns if name not in ours]
+    return [str(name) for name in trials.columns if name not in _OURS]
+
+
+def is_refit(record: TrialRecord) -> bool:
+    """Whether it was trained with ranks that AdaLoRA found, on whatever seed and in whatever role.
+
+    AdaLoRA's own pattern is what its trial came to; another method's is what it was given.
+    """
+    return record.rank_pattern is not None and record.method not in ADALORA_METHODS
 
 
 def needed_bytes(trials: pd.DataFrame) -> pd.Series[Any]:

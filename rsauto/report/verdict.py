@@ -16,7 +16,7 @@ import pandas as pd
 
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError, nearest
-from rsauto.records import TrialRecord
+from rsauto.records import ADALORA_METHODS, TrialRecord
 from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
 from rsauto.report.pareto import choose, fits
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes, table
@@ -64,6 +64,8 @@ class TooLarge:
     """The least that any of its trials needs."""
     ran_out: bool
     """Planned to fit, but ran out of memory."""
+    is_allocated: bool = False
+    """Tried with AdaLoRA alone, which starts with more rank and needs more memory than others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,7 +299,14 @@ def _too_large(trials: pd.DataFrame, budget: int | None) -> tuple[TooLarge, ...]
             least = group["_need"].min()
             ran_out = bool((group["outcome"] == "oom").any())
             need = None if pd.isna(least) else int(least)
-            found.append(TooLarge(rank=int(str(rank)), need_bytes=need, ran_out=ran_out))
+            found.append(
+                TooLarge(
+                    rank=int(str(rank)),
+                    need_bytes=need,
+                    ran_out=ran_out,
+                    is_allocated=bool(group["method"].isin(ADALORA_METHODS).all()),
+                )
+            )
     return tuple(found)
 
 

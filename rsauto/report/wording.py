@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsauto.records import TrialRecord
+from rsauto.report.table import is_refit
 from rsauto.units import (
     bytes_text,
     difference_text,
@@ -28,20 +29,45 @@ def sentences(verdict: Verdict) -> tuple[str, ...]:
     return (
         _take(verdict, recommended, verdict.standings["best"]),
         _gain(verdict, recommended),
+        *_room(recommended.record),
         *_too_large(verdict),
     )
 
 
 def settings_text(record: TrialRecord) -> str:
-    """'rank 32 (alpha 16, learning rate 1.2e-3, rsLoRA)'."""
-    inside = [
-        f"alpha {record.alpha}",
-        f"learning rate {rate_text(record.learning_rate)}",
-        method_text(record.method),
-    ]
+    """'rank 32 (alpha 16, learning rate 1.2e-3, rsLoRA)', and what else it takes to train it.
+
+    The rank of AdaLoRA, and of a refit of its ranks, is the mean over the modules.
+    """
+    inside = [f"alpha {record.alpha}", f"learning rate {rate_text(record.learning_rate)}"]
     if record.lr_ratio != 1.0:
-        inside.insert(2, f"lr_ratio {record.lr_ratio:g}")
-    return f"rank {record.rank} ({', '.join(inside)})"
+        inside.append(f"lr_ratio {record.lr_ratio:g}")
+    if record.lambda_lr_ratio is not None:
+        inside.append(f"lambda_lr_ratio {record.lambda_lr_ratio:g}")
+    inside.append(_method(record))
+    mean = "" if record.rank_pattern is None else " on average"
+    return f"rank {record.rank}{mean} ({', '.join(inside)})"
+
+
+def needs_room(record: TrialRecord) -> bool:
+    """Whether some module has a rank above the trial's own, which is then their mean."""
+    return record.r_max is not None and record.r_max > record.rank
+
+
+def _method(record: TrialRecord) -> str:
+    name = method_text(record.method)
+    if is_refit(record):
+        return f"{name} with the ranks that AdaLoRA found"
+    return name if record.init_rank is None else f"{name} from rank {record.init_rank}"
+
+
+def _room(record: TrialRecord) -> tuple[str, ...]:
+    if not needs_room(record):
+        return ()
+    return (
+        f"Its modules differ in rank, the largest is {record.r_max}: "
+        "whatever serves the adapter must allow that rank.",
+    )
 
 
 def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
@@ -179,7 +205,8 @@ def _too_large(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _ranks(items: Sequence[TooLarge]) -> str:
-    return f"Rank{'s' if len(items) > 1 else ''} {_joined([str(t.rank) for t in items])}"
+    names = [f"{t.rank} of AdaLoRA" if t.is_allocated else str(t.rank) for t in items]
+    return f"Rank{'s' if len(items) > 1 else ''} {_joined(names)}"
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -105,9 +105,9 @@ def opening_trial(space: Space, settled: Settled) -> TrialSpec | None:
 def refit_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:
     """rsLoRA with the rank pattern of the best AdaLoRA trial; None where it was done, or not asked.
 
-    Whether the pattern is worth anything without the allocation that found it. It trains at the
-    learning rate of the best rsLoRA trial, moved to its rank by the law of that rule, or, where
-    there is none, at the middle of the space.
+    Whether the pattern is worth anything without the allocation that found it. It has the settings
+    of the best rsLoRA trial, its learning rate moved to this rank by the law of that rule, or,
+    where there is none, those of the middle of the space.
     """
     if not space.config.allocates() or not space.config.adalora.refit:
         return None
@@ -124,7 +124,6 @@ def refit_trial(space: Space, settled: Settled, objective: Objective) -> TrialSp
         like,
         role="refit",
         rank=spec.rank,
-        alpha=spec.alpha,
         target_modules=spec.target_modules,
         learning_rate=space.moved_rate(like, spec.rank),
         rank_pattern=pattern,
