@@ -115,7 +115,7 @@ def plan(
         typer.Option(help="Of AdaLoRA: initial rank over the rank, which is the target [1.5]."),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="Of AdaLoRA: importance, full or lambda [full].")
+        str | None, typer.Option(help="Of AdaLoRA: importance, full or lambda [lambda].")
     ] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="all-linear, attention, or names [all-linear].")

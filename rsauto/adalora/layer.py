@@ -217,16 +217,6 @@ class SvdLayer(nn.Module, LoraLayer):
 class SvdLinear(SvdLayer, LoraLinear):
     """Of nn.Linear and transformers' Conv1D; merges as PEFT's LoRA layer does."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: RsAdaLoraConfig,
-        rank: int,
-        **kwargs: Any,
-    ) -> None:
-        SvdLayer.__init__(self, base_layer, adapter_name, config, rank, **kwargs)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's own conversion is by another decomposition; ours is exact, see `export`."""
         return True
