@@ -270,8 +270,8 @@ class AdaLoraSettings(Part):
     interval: int = Field(1, ge=1)
     """Steps between two allocations."""
     recovery: Literal["paper", "none"] = "none"
-    """none: the memory of a pruned triplet is given back at once, which cost no loss where it was
-    measured (reports/adalora); paper: it is only masked, and can come back."""
+    """none: the memory of a pruned triplet is given back at once, which cost no loss that could be
+    told from the seeds' spread (reports/adalora); paper: it is only masked, and can come back."""
     score: Literal["full", "lambda"] = "lambda"
     """Importance from lambda alone, or, as in the paper, from P and Q as well, which takes 8 bytes
     more for each of their numbers and kept the same triplets where it was measured."""
@@ -295,6 +295,8 @@ class AdaLoraSettings(Part):
     def _room_to_allocate(self) -> Self:
         if self.warmup_share + self.final_share >= 1:
             raise ValueError("warmup_share and final_share must leave a part of the steps between")
+        if len(set(self.lambda_lr_ratio)) != len(self.lambda_lr_ratio):
+            raise ValueError("lambda_lr_ratio lists a value twice")
         return self
 
 

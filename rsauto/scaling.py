@@ -39,6 +39,11 @@ def gamma_r(rule: ScalingRule, alpha: float, rank: int, exponent: float | None =
     return float(alpha * math.pow(rank, power))
 
 
+def initial_rank(target_rank: int, init_ratio: float) -> int:
+    """Rank of every module when AdaLoRA begins: the ratio times the target rank, rounded up."""
+    return math.ceil(init_ratio * target_rank)
+
+
 def learning_rate_exponent(
     rule: ScalingRule, optimizer: OptimizerName, exponent: float | None = None
 ) -> float:

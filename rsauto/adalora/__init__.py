@@ -5,6 +5,6 @@ Importing it makes PEFT know `RsAdaLoraConfig`.
 
 from rsauto.adalora.callback import RsAdaLoraCallback
 from rsauto.adalora.config import RsAdaLoraConfig
-from rsauto.adalora.model import RsAdaLoraModel
+from rsauto.adalora.model import RsAdaLoraModel, rank_allocator
 
-__all__ = ["RsAdaLoraCallback", "RsAdaLoraConfig", "RsAdaLoraModel"]
+__all__ = ["RsAdaLoraCallback", "RsAdaLoraConfig", "RsAdaLoraModel", "rank_allocator"]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rsauto.adalora.budget import keep_best
-from rsauto.adalora.compaction import compact, require_compactable
+from rsauto.adalora.compaction import compact, require_compactable, require_owner
 from rsauto.adalora.config import RsAdaLoraConfig
 from rsauto.adalora.importance import RANK_DIM, SCORED, Factor
 from rsauto.adalora.layer import SvdLayer, Triplets, svd_layers
+from rsauto.adalora.orthogonality import add_gradients
 
 
 class RankAllocator:
@@ -37,10 +38,7 @@ class RankAllocator:
 
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str = "default") -> RankAllocator:
-        """The allocator of an adapter on any model, also where it was injected without a tuner.
-
-        Raises ValueError where no layer has it.
-        """
+        """The allocator of an adapter on any model. Raises ValueError where no layer has it."""
         layers = {n: layer for n, layer in svd_layers(model) if adapter_name in layer.triplets}
         if not layers:
             raise ValueError(f"adapter {adapter_name!r}: no layer has it, so there is no rank.")
@@ -48,10 +46,12 @@ class RankAllocator:
         return cls(layers, config, adapter_name)
 
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
-        """Call after ``optimizer.step()`` and before ``zero_grad()``, ``step`` counted from 1.
+        """Call after ``optimizer.step()`` and before ``zero_grad()``.
 
-        From ``total_step - tfinal`` on the pattern is fixed. ``optimizer`` is needed for
-        ``recovery: none``. Raises ValueError without it, and where the schedule is not known.
+        ``step`` counts the steps done, this one included; counted from 0, as in PEFT's example, all
+        comes a step later. From ``total_step - tfinal`` on the pattern is fixed. ``optimizer`` is
+        needed for ``recovery: none``. Raises ValueError without it, for one that does not train the
+        factors, and where the schedule is not known.
         """
         if step < 0:
             raise ValueError(f"step: {step} must be the number of optimizer steps done, from 1.")
@@ -66,6 +66,32 @@ class RankAllocator:
                 for state in self._states():
                     state.importance = None
         self.hold()
+
+    def before_step(self, stepped: set[int], loss_scale: Any) -> None:
+        """Adds the orthogonality's gradient to the factors that are about to be stepped."""
+        config = self.config
+        if config.orth_reg_weight == 0:
+            return
+        factors = self.regularised()
+        share = config.orth_reg_weight
+        if config.orth_reg_form == "norm":
+            share /= len(factors)
+        add_gradients(
+            (one for one in factors if id(one[0]) in stepped),
+            share=share,
+            form=config.orth_reg_form,
+            loss_scale=loss_scale,
+        )
+
+    def after_step(self, stepped: set[int], found_inf: Any) -> None:
+        """Keeps a fixed pattern, also where nobody calls `update_and_allocate` any more."""
+        if self.finished:
+            self.hold()
+        elif found_inf is not None:
+            # The step was left out, and its gradients are still scaled: they say nothing.
+            factors = [p for _, p in self.factors() if id(p) in stepped]
+            for gradient in [p.grad for p in factors if p.grad is not None]:
+                gradient.mul_(torch.where(found_inf > 0, torch.nan, 1.0).to(gradient))
 
     def hold(self) -> None:
         """Sets the lambdas of all triplets that are not active to zero."""
@@ -138,6 +164,7 @@ class RankAllocator:
         freed = self.config.recovery == "none"
         if freed:
             require_compactable(self.factors(), optimizer)
+            require_owner(self.factors(), optimizer)
         scores = [self._score(layer) for layer in self.layers.values()]
         active = [state.mask for state in self._states()]
         # After triplets are gone for good there may be fewer than a budget asks for.

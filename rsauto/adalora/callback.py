@@ -41,10 +41,15 @@ class RsAdaLoraCallback(TrainerCallback):
         """Sets the schedule to the length of the run."""
         tuner = _tuner(model)
         config = tuner.config_of(tuner.trained_adapter)
+        before = config.tinit, config.tfinal
         for name, share in self._shares.items():
             if share is not None:
                 setattr(config, name, steps_of_share(share, state.max_steps))
-        tuner.set_total_step(state.max_steps)
+        try:
+            tuner.set_total_step(state.max_steps)
+        except ValueError:
+            config.tinit, config.tfinal = before
+            raise
 
     def on_optimizer_step(
         self,

@@ -27,14 +27,17 @@ def compact(layer: SvdLayer, adapter_name: str, keep: Tensor, optimizer: Optimiz
     """
     for name, parameter in layer.factors(adapter_name).items():
         index = keep.to(parameter.device).nonzero().flatten()
-        gradient, dim = parameter.grad, RANK_DIM[name]
+        dim = RANK_DIM[name]
         state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            state[key] = _kept(key, value, parameter, dim, index)
+        # Nothing may hold the old tensors longer than it takes to copy one of them.
+        for key in state:
+            state[key] = _kept(key, state[key], parameter, dim, index)
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:  # with nothing left it takes no part in a step
+            gradient = gradient.index_select(dim, index) if len(index) else None
         replace_data(parameter, parameter.data.index_select(dim, index))
-        # With nothing left it takes no part in a step.
-        if gradient is not None and len(index):
-            parameter.grad = gradient.index_select(dim, index)
+        parameter.grad = gradient
+        del gradient
     importance = layer.triplets[adapter_name].importance
     index = keep.nonzero().flatten()
     if importance is not None:
@@ -65,10 +68,24 @@ def require_compactable(factors: Iterator[tuple[Factor, nn.Parameter]], optimize
                 )
 
 
+def require_owner(factors: Iterator[tuple[Factor, nn.Parameter]], optimizer: Any) -> None:
+    """Raises ValueError where a factor that is trained is not one of the optimizer's."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in factors:
+        if parameter.requires_grad and id(parameter) not in owned:
+            raise ValueError(
+                f"recovery: none: a factor {name} is not trained by the {type(optimizer).__name__} "
+                "that was given, so its moments could not be made smaller. Train the adapter with "
+                "one optimizer, or choose recovery: paper."
+            )
+
+
 def _is_known(key: str, value: Any, parameter: nn.Parameter) -> bool:
     if not isinstance(value, Tensor) or value.ndim == 0 or key in (_ROWS, _COLUMNS):
         return True
-    return value.shape == parameter.shape and value.is_floating_point()
+    # The whole shape, or means over some of its dimensions.
+    fits = [size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=False)]
+    return value.is_floating_point() and value.ndim == parameter.ndim and all(fits)
 
 
 def _kept(key: str, value: Any, parameter: nn.Parameter, dim: int, index: Tensor) -> Any:
@@ -77,4 +94,6 @@ def _kept(key: str, value: Any, parameter: nn.Parameter, dim: int, index: Tensor
     if key in (_ROWS, _COLUMNS):
         has_triplets = (key == _ROWS) == (dim == 0)
         return value.index_select(0, index) if has_triplets else value
+    if value.shape[dim] != parameter.shape[dim]:
+        return value  # a mean over the triplets
     return value.index_select(dim, index)

@@ -140,6 +140,8 @@ class RsAdaLoraConfig(LoraConfig):
             problems.append(f"lora_alpha: {self.lora_alpha!r} must be more than 0.")
         if self.init_std is not None and not _number(self.init_std) > 0:
             problems.append(f"init_std: {self.init_std!r} must be more than 0, or None.")
+        if not isinstance(self.use_rslora, bool):
+            problems.append(f"use_rslora: {self.use_rslora!r} is neither true nor false.")
         total = self.total_step
         if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
             problems.append(f"total_step: {total!r} is not a whole number.")

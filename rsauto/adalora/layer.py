@@ -134,15 +134,15 @@ class SvdLayer(nn.Module, LoraLayer):
         state.mask, state.active_rank = mask, active_rank
         self.refresh(adapter_name)
 
-    def values(self, adapter_name: str) -> Tensor:
+    def active_values(self, adapter_name: str) -> Tensor:
         """lambda, (r, 1), zero where a triplet is not active.
 
-        In training what the optimizer made of the inactive ones is left in until `hold`: their
+        What the optimizer made of the inactive ones is in the parameter until `hold`: their
         importance is what lets them come back.
         """
         state = self.triplets[adapter_name]
         values: Tensor = self.lora_E[adapter_name]
-        if self.training or state.active_rank == self.r[adapter_name]:
+        if state.active_rank == self.r[adapter_name]:
             return values
         return values.masked_fill(~state.mask.to(values.device)[:, None], 0.0)
 
@@ -178,10 +178,8 @@ class SvdLayer(nn.Module, LoraLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """gamma_r P diag(lambda) Q in the shape of the base weight and the factors' dtype."""
-        scaled = self.lora_A[adapter].float() * (
-            self.lora_E[adapter].float() * self._gamma(adapter)
-        )
-        delta = self.lora_B[adapter].float() @ scaled
+        values = self.active_values(adapter).float() * self._gamma(adapter)
+        delta = self.lora_B[adapter].float() @ (self.lora_A[adapter].float() * values)
         return transpose(delta, self.fan_in_fan_out).to(self.lora_B[adapter].dtype)
 
     def _gamma(self, adapter: str) -> float:
@@ -203,7 +201,8 @@ class SvdLayer(nn.Module, LoraLayer):
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         # gamma_r and lambda are small beside the activations, so they go into Q.
-        q = self.lora_A[adapter] * (self.values(adapter) * self._gamma(adapter))
+        values = self.lora_E[adapter] if self.training else self.active_values(adapter)
+        q = self.lora_A[adapter] * (values * self._gamma(adapter))
         p = self.lora_B[adapter]
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, q.dtype)

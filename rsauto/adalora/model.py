@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 from rsauto.adalora.allocator import RankAllocator
 from rsauto.adalora.config import RsAdaLoraConfig, register
 from rsauto.adalora.layer import SvdLayer, SvdLinear, svd_layers
-from rsauto.adalora.orthogonality import add_gradients
 from rsauto.adalora.saved import factor_tensors, pop_saved, saved_tensors
 from rsauto.adalora.stepping import follow_optimizers
 
@@ -69,7 +67,8 @@ class RsAdaLoraModel(LoraModel):
         config: RsAdaLoraConfig = lora_config
         self._allocators.pop(adapter_name, None)
         rank = config.init_r
-        if config.recovery == "none":  # a saved adapter has no more than it kept
+        if config.recovery == "none" and config.inference_mode:
+            # What was saved has no more than was kept; not to be used for a new run.
             rank = (config.rank_pattern or {}).get(current_key, rank)
         if isinstance(target, SvdLayer):
             target.update_layer(adapter_name, rank, config.lora_alpha, config=config)
@@ -133,38 +132,26 @@ class RsAdaLoraModel(LoraModel):
             raise
 
     def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
-        """Active triplets of every module."""
-        name = adapter_name or next(iter(self.peft_config))
-        return self.allocator(name).rank_pattern
+        """Active triplets of every module, of the trained adapter unless told otherwise."""
+        names = [adapter_name] if adapter_name else [*self._trained_adapters(), *self.peft_config]
+        return self.allocator(str(names[0])).rank_pattern
 
     def before_step(self, stepped: set[int], loss_scale: Any) -> None:
-        """Adds the orthogonality's gradient to the factors that are about to be stepped."""
+        """See `RankAllocator.before_step`; called by the optimizer."""
+        if not self._is_stepped(stepped):
+            return
         for name in self._trained_adapters():
-            config = self.config_of(name)
-            if config.orth_reg_weight == 0:
-                continue
-            factors = self.allocator(name).regularised()
-            share = config.orth_reg_weight
-            if config.orth_reg_form == "norm":
-                share /= len(factors)
-            add_gradients(
-                (one for one in factors if id(one[0]) in stepped),
-                share=share,
-                form=config.orth_reg_form,
-                loss_scale=loss_scale,
-            )
+            self.allocator(name).before_step(stepped, loss_scale)
 
     def after_step(self, stepped: set[int], found_inf: Any) -> None:
-        """Keeps a fixed pattern, also where nobody calls `update_and_allocate` any more."""
+        """See `RankAllocator.after_step`; called by the optimizer."""
+        if not self._is_stepped(stepped):
+            return
         for name in self._trained_adapters():
-            allocator = self.allocator(name)
-            if allocator.finished:
-                allocator.hold()
-            elif found_inf is not None:
-                # The step was left out, and its gradients are still scaled: they say nothing.
-                factors = [p for _, p in allocator.factors() if id(p) in stepped]
-                for gradient in [p.grad for p in factors if p.grad is not None]:
-                    gradient.mul_(torch.where(found_inf > 0, torch.nan, 1.0).to(gradient))
+            self.allocator(name).after_step(stepped, found_inf)
+
+    def _is_stepped(self, stepped: set[int]) -> bool:
+        return any(id(parameter) in stepped for parameter in self.parameters())
 
     def _trained_adapters(self) -> list[str]:
         return [str(n) for n, config in self.peft_config.items() if not config.inference_mode]
@@ -189,7 +176,11 @@ class RsAdaLoraModel(LoraModel):
             for name, layer in layers.items()
         }
         inside = tuple(f"{name}." for name in layers)
-        others = {key: tensor for key, tensor in tensors.items() if not key.startswith(inside)}
+        others = {
+            key: tensor
+            for key, tensor in tensors.items()
+            if not (key.startswith(inside) and ".lora_" in key)  # trained biases stay
+        }
         factors = factor_tensors(layers, adapter_name, state_dict)
         return {**others, **factors, **saved_tensors(layers, adapter_name)}
 
@@ -209,6 +200,21 @@ class RsAdaLoraModel(LoraModel):
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         """Not defined for triplets."""
         raise TypeError("add_weighted_adapter: export the adapters as plain LoRA, and weigh those.")
+
+
+def rank_allocator(model: nn.Module, adapter_name: str = "default") -> RankAllocator:
+    """The allocator of an adapter on any model.
+
+    Of a model that an adapter was injected into (transformers' ``add_adapter``), which PEFT leaves
+    without a tuner: from now on, and for as long as what is returned is kept, P and Q are also kept
+    near orthogonal. Raises ValueError where no layer has the adapter.
+    """
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, RsAdaLoraModel):
+        return tuner.allocator(adapter_name)
+    allocator = RankAllocator.of(model, adapter_name)
+    follow_optimizers(allocator)
+    return allocator
 
 
 def _warn_where_ranks_were_never_allocated(layers: dict[str, SvdLayer], adapter_name: str) -> None:

@@ -8,7 +8,7 @@ models.
 from __future__ import annotations
 
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch.optim import Optimizer
@@ -30,6 +30,8 @@ class Follower(Protocol):
 
 _followers: WeakSet[Any] = WeakSet()
 _hooks: list[Any] = []
+_stepping: list[ref[Optimizer]] = []
+"""Optimizers in their step, the outermost first: some step others inside (ZeRO, SAM)."""
 
 
 def follow_optimizers(follower: Follower) -> None:
@@ -41,7 +43,7 @@ def follow_optimizers(follower: Follower) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    if not _followers:
+    if not _followers or _is_inside_another(optimizer):
         return None
     # The optimizer itself comes first among its arguments.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -56,7 +58,17 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         _tell_before(optimizer)
         return loss
 
-    return (args[0], told), {k: v for k, v in kwargs.items() if k != "closure"}
+    return (args[0], told, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+def _is_inside_another(optimizer: Optimizer) -> bool:
+    """Also takes note that the optimizer is in its step."""
+    # What a step that failed left behind is gone with its optimizer, or with that one's next step.
+    alive = [one for one in _stepping if one() is not None]
+    known = [one() for one in alive]
+    _stepping[:] = alive[: known.index(optimizer)] if optimizer in known else alive
+    _stepping.append(ref(optimizer))
+    return len(_stepping) > 1
 
 
 def _tell_before(optimizer: Optimizer) -> None:
@@ -67,7 +79,10 @@ def _tell_before(optimizer: Optimizer) -> None:
 
 
 def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if _followers:
+    while _stepping:
+        if _stepping.pop()() is optimizer:
+            break
+    if _followers and not _stepping:
         stepped = _stepped(optimizer)
         for follower in list(_followers):
             follower.after_step(stepped, getattr(optimizer, "found_inf", None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def export_lora(
         )
     if padded:
         folded = _padded(folded)
-    tensors = {**_tensors(folded), **other_tensors(model, adapter_name)}
+    tensors = {**_tensors(folded), **other_tensors(model, adapter_name, folded)}
     config = _plain_config(model, folded, adapter_name)
     if base_name is not None:
         config.base_model_name_or_path = base_name
@@ -169,10 +170,22 @@ def _tensors(folded: Folded) -> dict[str, Tensor]:
     return tensors
 
 
-def other_tensors(adapted: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What was trained beside the factors, such as a classifier's head, as PEFT saves it."""
+def other_tensors(
+    adapted: PeftModel, adapter_name: str, kept: Collection[str]
+) -> dict[str, Tensor]:
+    """What was trained beside the factors, a classifier's head or biases, as PEFT saves it.
+
+    A layer that is not one of ``kept`` will have no adapter around it, so its bias is the layer's.
+    """
     saved = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
-    return {name: _plain(t.float()) for name, t in saved.items() if ".lora_" not in name}
+    found = {}
+    for name, tensor in saved.items():
+        if ".lora_" in name:
+            continue
+        module = name.removeprefix("base_model.model.").removesuffix(".base_layer.bias")
+        key = name if module in kept else name.replace(".base_layer.bias", ".bias")
+        found[key] = _plain(tensor.float())
+    return found
 
 
 def whole_modules(adapted: PeftModel, adapter_name: str) -> list[str]:

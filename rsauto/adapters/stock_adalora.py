@@ -26,8 +26,9 @@ def export_adalora(
 ) -> Exported:
     """Writes an adapter of `RsAdaLoraConfig` in the format of PEFT's AdaLoRA, all or nothing.
 
-    PEFT cannot load pruned AdaLoRA adapters with low_cpu_mem_usage; `export_lora` has no such
-    limits. Raises ValueError for other adapters.
+    PEFT cannot load pruned AdaLoRA adapters with low_cpu_mem_usage, nor call them with labels
+    while they are not trained; `export_lora` has no such limits. Raises ValueError for other
+    adapters.
     """
     trained = model.peft_config.get(adapter_name)
     if not isinstance(trained, RsAdaLoraConfig):
@@ -59,7 +60,7 @@ def export_adalora(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= _active_factors(name, layer, adapter_name, gamma)
-    tensors |= other_tensors(model, adapter_name)
+    tensors |= other_tensors(model, adapter_name, ranks)
     return Exported(write_adapter(Path(folder), tensors, config, card), ranks)
 
 

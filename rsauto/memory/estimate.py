@@ -37,6 +37,9 @@ estimate alone was up to 47 % too low. DoRA's copies of the weights are not cove
 DROPOUT_ALLOWANCE = 1.4
 """Share of the activations to add for LoRA dropout, which keeps each adapter's input once more."""
 
+IMPORTANCE_BYTES = 8.0
+"""Of each adapter parameter that AdaLoRA gathers importance of: two averages in float32."""
+
 LOGIT_BYTES = 12
 """log p, its gradient and the logits' own, each float32."""
 
@@ -76,6 +79,7 @@ def estimated_peak(
     gradient_checkpointing: bool = False,
     keeps_attention: bool = False,
     lora_dropout: bool = False,
+    scaled_adapters: bool = False,
 ) -> Estimate:
     """Memory of a step on `micro_batch_size` sequences of `length` tokens.
 
@@ -83,6 +87,8 @@ def estimated_peak(
     Item sizes are bytes of an element: of the adapters and their gradients, and of activations.
     `state_bytes_per_param` is 8 for AdamW and 0 for SGD. `keeps_attention` is for eager attention,
     which saves every weight; flash and fused (sdpa) kernels compute them again in backward.
+    `scaled_adapters` is for AdaLoRA, whose forward pass multiplies Q by lambda and keeps the
+    product: at most as much as the adapters.
     """
     sequences = micro_batch_size
     tokens = sequences * length
@@ -94,12 +100,13 @@ def estimated_peak(
     else:
         activations = layer * num_layers
     adapters = num_adapter_params * adapter_itemsize
+    scaled = adapters // (num_layers if gradient_checkpointing else 1) if scaled_adapters else 0
     breakdown: dict[Component, int] = {
         "weights": weight_bytes,
         "adapters": adapters,
         "gradients": adapters,
         "optimizer": round(num_adapter_params * state_bytes_per_param),
-        "activations": activations,
+        "activations": activations + scaled,
         "logits_and_loss": LOGIT_BYTES * num_classes * (tokens if per_token else sequences),
     }
     allowance = ESTIMATE_ALLOWANCE[gradient_checkpointing] + DROPOUT_ALLOWANCE * lora_dropout

@@ -21,6 +21,9 @@ PlannedMethod = Literal["lora", "rslora", "adalora", "rsadalora", "dora", "peft_
 """lora and rslora need the same memory, as do adalora and rsadalora: they differ by a number.
 peft_adalora is PEFT's own. The rank of the three is the initial one, where their memory peaks."""
 
+Score = Literal["full", "lambda"]
+"""What adalora and rsadalora gather importance of."""
+
 PlannedOptimizer = Literal[
     "adamw", "adamw_foreach", "adamw_loop", "adamw_8bit", "adafactor", "sgd"
 ]  # fmt: skip
@@ -43,7 +46,7 @@ class StepKind:
     target_modules: Targets = "all-linear"
     rank_pattern: RankPattern | None = None
     """Rank of each module, where they differ; the rank of a `StepSize` then says nothing."""
-    score: Literal["full", "lambda"] = "full"
+    score: Score = "full"
     """Of adalora and rsadalora: what their importance is gathered of."""
     orth_reg: bool = True
     """Of adalora and rsadalora: whether P and Q are kept near orthogonal."""
@@ -113,7 +116,7 @@ class Prediction:
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "task": get_args(TaskType),
     "method": get_args(PlannedMethod),
-    "score": ("full", "lambda"),
+    "score": get_args(Score),
     "dtype": get_args(DtypeName),
     "adapter_dtype": get_args(DtypeName),
     "autocast": (None, "bfloat16", "float16"),

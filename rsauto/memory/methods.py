@@ -79,9 +79,16 @@ def _adapt_adalora(model: PreTrainedModel, kind: StepKind, rank: int) -> PeftMod
 
 
 def _gather(adapted: nn.Module) -> None:
-    """Without the look at whether gradients are finite, which needs values."""
+    """Which triplets stay depends on values; of that only the copies of a factor are followed.
+
+    One at a time: of what is kept where pruned triplets are freed, and in float32 as a CPU asks
+    whether gradients are finite.
+    """
     assert isinstance(adapted, PeftModel)
-    allocator_of(adapted).gather()
+    allocator = allocator_of(adapted)
+    allocator.gather()
+    for _, factor in allocator.factors():
+        torch.empty_like(factor, dtype=torch.float32)
 
 
 def _gathered(adapted: nn.Module) -> Iterator[Tensor]:

@@ -10,12 +10,20 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
-from rsauto.config import TaskType
+from rsauto.config import AdaLoraSettings, TaskType
 from rsauto.devices import Budget, card_of, outside_bytes, parse_budget
 from rsauto.errors import InputError
 from rsauto.memory.changes import Change, cheapest_change
+from rsauto.memory.checks import (
+    checked_ranks,
+    checked_targets,
+    require_device_size,
+    require_init_ratio,
+    require_micro_batch,
+    require_positive,
+)
 from rsauto.memory.kinds import (
     Attention,
     Bits,
@@ -24,6 +32,7 @@ from rsauto.memory.kinds import (
     PlannedMethod,
     PlannedOptimizer,
     Prediction,
+    Score,
     StepKind,
     Targets,
     require_known,
@@ -31,15 +40,13 @@ from rsauto.memory.kinds import (
 from rsauto.memory.planner import MemoryPlanner, MicroBatch
 from rsauto.memory.profiles import Profiles
 from rsauto.memory.shape import model_shape
+from rsauto.records import ADALORA_METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LARGEST = 2**20
-"""Of ranks, lengths and batches."""
-
-MOST_TOKENS = 2**27
-"""At once."""
+ALLOCATION = AdaLoraSettings()
+"""How AdaLoRA is planned unless told otherwise: as a study trains it."""
 
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Planned unless others are asked for."""
@@ -50,6 +57,9 @@ class PlannedRank:
     """One row of a plan."""
 
     rank: int
+    """Of every module; AdaLoRA's is its target, the mean over the modules at the end."""
+    init_rank: int | None = None
+    """Of every module at the start, which decides the memory; None but for AdaLoRA."""
     prediction: Prediction
     needed_bytes: int
     """Reserved memory, the allowance, and what CUDA keeps for itself."""
@@ -58,7 +68,7 @@ class PlannedRank:
 
     @property
     def adapter_bytes(self) -> int:
-        """Of the saved adapter, in float32."""
+        """Of the saved adapter, in float32; of AdaLoRA as if nothing were pruned."""
         return 4 * self.prediction.num_trainable_params
 
 
@@ -128,11 +138,11 @@ class Plan:
         checkpointing = given(gradient_checkpointing, kind.gradient_checkpointing)
         for one, other in itertools.product(bits, checkpointing):
             require_known(replace(kind, quant_bits=one, gradient_checkpointing=other))
-        _require_positive(**{f"max_lengths[{i}]": n for i, n in enumerate(lengths)})
-        asked = [row.rank for row in self.ranks] if ranks is None else _checked_ranks(list(ranks))
+        require_positive(**{f"max_lengths[{i}]": n for i, n in enumerate(lengths)})
+        asked = [row.rank for row in self.ranks] if ranks is None else checked_ranks(list(ranks))
         sizes = given(micro_batch_sizes, self.micro_batch_size)
         for size in sizes:
-            _require_micro_batch(size, self.batch_size)
+            require_micro_batch(size, self.batch_size)
         return feasible_frame(self, itertools.product(bits, checkpointing, lengths, sizes, asked))
 
     def to_frame(self) -> pd.DataFrame:
@@ -145,6 +155,7 @@ class Plan:
         """What `rsauto plan --json` prints."""
         return {
             "model": self.model,
+            "method": self.planner.kind.method,
             "memory_budget_bytes": self.memory_budget_bytes,
             "ranks": [_json_row(row) for row in self.ranks],
             "largest_rank": self.largest_rank,
@@ -166,6 +177,9 @@ def plan(
     max_length: int = 512,
     eval_length: int | None = None,
     method: PlannedMethod = "rslora",
+    init_ratio: float = ALLOCATION.init_ratio,
+    score: Score = ALLOCATION.score,
+    orth_reg: bool = ALLOCATION.orth_reg_weight > 0,
     target_modules: Targets = "all-linear",
     lora_dropout: float = 0.0,
     optimizer: PlannedOptimizer = "adamw",
@@ -194,22 +208,31 @@ def plan(
     given, 0 for no evaluation) of the longest in evaluation. ``padded`` says that sequences differ
     in length. Everything else is named as in transformers and PEFT.
 
+    With ``method`` 'adalora' and 'rsadalora' a rank is the target, and its memory that of the
+    initial rank, ``init_ratio`` times as high and rounded up; ``score`` and ``orth_reg`` say what
+    importance is gathered of ('full', 'lambda'), and whether P and Q are kept near orthogonal. All
+    three are of no account to other methods. A rank of 'peft_adalora', PEFT's own, is its initial
+    one.
+
     Raises InputError for what is wrong or cannot be built.
     """
-    chosen_ranks = _checked_ranks(ranks)
-    _require_positive(batch_size=batch_size, max_length=max_length)
+    chosen_ranks = checked_ranks(ranks)
+    require_positive(batch_size=batch_size, max_length=max_length)
     if num_labels is not None:
-        _require_positive(num_labels=num_labels)
+        require_positive(num_labels=num_labels)
     micro = batch_size if micro_batch_size is None else micro_batch_size
-    _require_micro_batch(micro, batch_size)
-    _require_device_size(batch_size if micro == "auto" else micro, max_length, eval_length)
+    require_micro_batch(micro, batch_size)
+    require_init_ratio(init_ratio)
+    require_device_size(batch_size if micro == "auto" else micro, max_length, eval_length)
     shape = model_shape(model, task=task, num_labels=num_labels, revision=revision)
     budget = None if memory_budget is None else resolve_budget(memory_budget)
     kind = StepKind(
         model_config=shape.config_json,
         task=task,
         method=method,
-        target_modules=_checked_targets(target_modules),
+        score=score,
+        orth_reg=orth_reg,
+        target_modules=checked_targets(target_modules),
         lora_dropout=lora_dropout,
         optimizer=optimizer,
         dtype=shape.dtype if dtype == "auto" else dtype,
@@ -231,6 +254,7 @@ def plan(
         profiles=profiles or Profiles.on_disk(),
         # On a CPU only tensors count.
         outside_bytes=0 if device == "cpu" else outside_bytes(budget.device if budget else None),
+        init_ratio=init_ratio,
     )
     return _planned(
         shape.name, planner, budget, chosen_ranks, batch_size=batch_size, micro=micro,
@@ -282,6 +306,7 @@ def _row(plan: Plan, rank: int) -> PlannedRank:
     needed = planner.needed_bytes(found)
     return PlannedRank(
         rank=rank,
+        init_rank=planner.initial_rank(rank) if planner.kind.method in ADALORA_METHODS else None,
         prediction=found,
         needed_bytes=needed,
         fits=None if budget is None else needed <= budget,
@@ -306,71 +331,11 @@ def resolve_budget(memory_budget: int | str) -> Budget:
     return Budget(card.total_bytes, card, card.name)
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
-
-
-def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(ranks, Iterable) or not ranks or not all(map(_is_whole, ranks)):
-        raise InputError(
-            f"ranks: {ranks!r}. Give a list of whole numbers from 1 to {LARGEST}, such as "
-            "[8, 64, 256]."
-        )
-    return tuple(sorted(set(ranks)))
-
-
-def _require_positive(**numbers: object) -> None:
-    problems = [
-        f"{name}: {number!r} is not a whole number from 1 to {LARGEST}."
-        for name, number in numbers.items()
-        if not _is_whole(number)
-    ]
-    if problems:
-        raise InputError(problems)
-
-
-def _checked_targets(targets: Targets) -> Targets:
-    if isinstance(targets, str):
-        return targets
-    names = tuple(targets)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise InputError(
-            f"target_modules: {targets!r}. Give all-linear, attention, or names of layers such as "
-            "q_proj."
-        )
-    return names
-
-
-def _require_micro_batch(size: object, batch_size: int) -> None:
-    if size != "auto" and (not _is_whole(size) or batch_size % size):
-        raise InputError(
-            f"micro_batch_size: {size!r} does not divide batch_size {batch_size}. Give a divisor "
-            "of it, or auto."
-        )
-
-
-def _require_device_size(num_sequences: int, max_length: int, eval_length: object) -> None:
-    """Beyond this no device reaches, and sizes in bytes would soon not fit a number."""
-    longest = max_length
-    if eval_length is not None:
-        if eval_length != 0 and not _is_whole(eval_length):
-            raise InputError(
-                f"eval_length: {eval_length!r} is not a whole number of tokens from 1 to "
-                f"{LARGEST}, nor 0 for no evaluation."
-            )
-        longest = max(max_length, eval_length)
-    if num_sequences * longest > MOST_TOKENS:
-        raise InputError(
-            f"max_length: {num_sequences} sequences of {longest} tokens at once are more than "
-            f"{MOST_TOKENS}, and than any device holds. Give a smaller micro_batch_size or "
-            "max_length."
-        )
-
-
 def _json_row(row: PlannedRank) -> dict[str, Any]:
     found = row.prediction
     return {
         "rank": row.rank,
+        "init_rank": row.init_rank,
         "peak_bytes": found.peak_bytes,
         "reserved_bytes": found.reserved_bytes,
         "needed_bytes": row.needed_bytes,

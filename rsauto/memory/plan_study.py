@@ -7,6 +7,8 @@ from typing import Any
 
 from rsauto.config import StudyConfig
 from rsauto.memory.plan import Plan, plan
+from rsauto.records import ADALORA_METHODS, Method
+from rsauto.units import method_text
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Devices of GPU drivers: NVIDIA's, the same under Windows, and AMD's."""
@@ -34,7 +36,10 @@ def study_settings(config: StudyConfig, **overrides: Any) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "micro_batch_size": training.micro_batch_size,
         "max_length": config.data.max_length,
-        "method": config.search.method[0],
+        "method": _needing_most(config.search.method),
+        "init_ratio": config.adalora.init_ratio,
+        "score": config.adalora.score,
+        "orth_reg": config.adalora.orth_reg_weight > 0,
         "target_modules": config.target_choices()[0],
         "optimizer": training.optimizer,
         "dtype": model.dtype,
@@ -64,12 +69,30 @@ def study_notes(config: StudyConfig, settings: dict[str, Any]) -> list[str]:
             "The study's memory_budget is auto and no GPU was found, so this is a plan without a "
             "budget. Give --memory-budget, such as 24GiB or rtx4090."
         )
+    methods = config.search.method
+    if len(set(map(_allocates, methods))) > 1:
+        planned, most = settings["method"], _needing_most(methods)
+        other = next(m for m in methods if _allocates(m) != _allocates(planned))
+        notes.append(
+            f"The study searches over several methods; planned is {method_text(planned)}"
+            f"{', which needs most' if planned == most else ''}. Give --method {other} to plan "
+            f"{method_text(other)}."
+        )
     if len(config.target_choices()) > 1:
         notes.append(
             "The study searches over several choices of layers; planned are target_modules "
             f"{targets_text(settings['target_modules'])}."
         )
     return notes
+
+
+def _needing_most(methods: tuple[Method, ...]) -> Method:
+    """AdaLoRA where it is searched; whether a method is scaled as rsLoRA is of no account."""
+    return next(filter(_allocates, methods), methods[0])
+
+
+def _allocates(method: str) -> bool:
+    return method in ADALORA_METHODS
 
 
 def targets_text(targets: str | tuple[str, ...]) -> str:

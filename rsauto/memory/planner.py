@@ -16,12 +16,14 @@ from rsauto.memory.kinds import (
     PlannedMethod,
     PlannedOptimizer,
     Prediction,
+    Score,
     StepKind,
     StepSize,
     Targets,
 )
 from rsauto.memory.profiles import Profiles
-from rsauto.records import RankPattern
+from rsauto.records import ADALORA_METHODS, RankPattern
+from rsauto.scaling import initial_rank
 
 MicroBatch = int | Literal["auto"]
 
@@ -35,7 +37,7 @@ class TrialSettings(TypedDict, total=False):
     method: PlannedMethod
     target_modules: Targets
     rank_pattern: RankPattern | None
-    score: Literal["full", "lambda"]
+    score: Score
     orth_reg: bool
     optimizer: PlannedOptimizer
     clip: bool
@@ -53,13 +55,15 @@ class MemoryPlanner:
         profiles: Profiles | None = None,
         allowance: float = ALLOWANCE,
         outside_bytes: int | None = None,
+        init_ratio: float = 1.0,
     ) -> None:
         """`kind` says what is trained; its optimizer, layers and accumulation are replaced by what
         is asked for. `train_lengths` are the tokens of the training sequences, or of the longest
         ones; evaluation runs in batches of micro_batch_size sequences.
 
         `outside_bytes` is what CUDA keeps outside of the allocator; None takes it for an unknown
-        card, and nothing on a CPU, where only tensors count.
+        card, and nothing on a CPU, where only tensors count. `init_ratio` is AdaLoRA's initial rank
+        over the one that is asked for.
         """
         if kind.device_type not in ("cpu", "cuda"):
             raise ValueError(f"device_type must be 'cpu' or 'cuda', but got {kind.device_type!r}.")
@@ -71,6 +75,15 @@ class MemoryPlanner:
         if outside_bytes is None:
             outside_bytes = outside_bytes_of(None) if kind.device_type == "cuda" else 0
         self.outside_bytes = outside_bytes
+        self.init_ratio = init_ratio
+
+    def initial_rank(self, rank: int, method: PlannedMethod | None = None) -> int:
+        """Of every module at the start, where a trial of `rank` needs most; rounded up.
+
+        Of the planner's own method unless told otherwise; for all but our AdaLoRA it is `rank`.
+        """
+        allocates = (method or self.kind.method) in ADALORA_METHODS
+        return initial_rank(rank, self.init_ratio) if allocates else rank
 
     def changed(self, kind: StepKind, length: int | None = None) -> MemoryPlanner:
         """A planner of another kind of step, whose longest sequences have `length` tokens.
@@ -88,6 +101,7 @@ class MemoryPlanner:
             profiles=self._profiles,
             allowance=self.allowance,
             outside_bytes=self.outside_bytes,
+            init_ratio=self.init_ratio,
         )
 
     def with_allowance(self, allowance: float) -> MemoryPlanner:
@@ -113,7 +127,8 @@ class MemoryPlanner:
         )
         found = [self._profiles.predict(kind, size) for kind, size in steps]
         highest = max(found, key=lambda prediction: prediction.peak_bytes)
-        return replace(highest, reserved_bytes=max(one.reserved_bytes for one in found))
+        reserved = max(one.reserved_bytes for one in found)
+        return replace(highest, rank=rank, reserved_bytes=reserved)
 
     def fits(
         self,
@@ -162,7 +177,8 @@ class MemoryPlanner:
             padded=self.kind.padded and micro_batch_size > 1,
             **settings,
         )
-        size = StepSize(rank, micro_batch_size, self._lengths[0], self._eval_length)
+        initial = self.initial_rank(rank, kind.method)
+        size = StepSize(initial, micro_batch_size, self._lengths[0], self._eval_length)
         if micro_batch_size == batch_size:
             return [(kind, size)]
         second = size._replace(train_length=self._second_length(batch_size, micro_batch_size))
@@ -248,8 +264,11 @@ class MemoryPlanner:
     ) -> int:
         """The largest rank that fits with any allowed micro-batch; 0 when not even rank 1 does.
 
-        `known` tells of some ranks whether they fit, which need not be looked at again.
+        `known` tells of some ranks whether they fit, which need not be looked at again. Raises
+        ValueError for a rank pattern, whose memory the rank says nothing about.
         """
+        if settings.get("rank_pattern", self.kind.rank_pattern) is not None:
+            raise ValueError("a rank pattern fits or does not; it has no largest rank")
 
         def fits(rank: int) -> bool:
             def fitting(size: int) -> bool:

@@ -30,7 +30,9 @@ from rsauto.memory.kinds import Prediction, StepKind, StepSize
 from rsauto.memory.profile import OtherOperationsError, StepProfile, profile_from, second_sizes
 
 LIBRARIES = ("torch", "transformers", "peft")
-TRACING_CODE = ("memory", "adapters", "training", "base.py", "architecture.py", "quantisation.py")
+TRACING_CODE = (
+    "memory", "adalora", "adapters", "training", "base.py", "architecture.py", "quantisation.py",
+)  # fmt: skip
 
 KEPT_KINDS = 256
 """Folders kept on disk, the ones written last."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rsauto.adalora.layer import SvdLayer
 from rsauto.adapters.head import head_module_names
 from rsauto.adapters.lora import ADAPTER_NAME, lora_layers
 from rsauto.quantisation import Bits, is_kept, saved_settings, unquantised_modules
@@ -62,8 +63,13 @@ def stand_in_for_linears(model: PreTrainedModel, bits: Bits, device_type: str) -
 
 
 def follow_bitsandbytes(adapted: PeftModel) -> None:
-    """Makes PEFT's layers on stand-ins add their adapters as its layers on bitsandbytes' do."""
+    """Makes PEFT's layers on stand-ins add their adapters as its layers on bitsandbytes' do.
+
+    Those of our own AdaLoRA do so in the same way on every base layer.
+    """
     for layer in lora_layers(adapted):
+        if isinstance(layer, SvdLayer):
+            continue
         if isinstance(layer.get_base_layer(), _StandIn):
             layer.__class__ = _AdaLoraLayer if isinstance(layer, SVDLinear) else _LoraLayer
 

@@ -37,13 +37,14 @@ from rsauto.errors import InputError
 from rsauto.garbage import collection_paused
 from rsauto.memory.attention import attention_of_cuda, use_flash
 from rsauto.memory.depth import DEPTHS, NotRepeatedError, Stack, cut, deepened, repeated_layers
-from rsauto.memory.estimate import EstimatedProfile
+from rsauto.memory.estimate import IMPORTANCE_BYTES, EstimatedProfile
 from rsauto.memory.kinds import StepKind, StepSize
 from rsauto.memory.methods import METHODS, adapt
 from rsauto.memory.profile import line
 from rsauto.memory.quantised import follow_bitsandbytes, stand_in_for_linears
 from rsauto.memory.recorder import StorageEvent, StorageRecorder
 from rsauto.memory.traced_optimizers import planned_optimizer
+from rsauto.records import ADALORA_METHODS
 from rsauto.training.flops import linear_weights
 from rsauto.training.loop import clip_gradients, gradient_norms
 from rsauto.training.loss import hits_of, summed_cross_entropy, token_mean
@@ -102,11 +103,12 @@ def _trace_cut(
 ) -> tuple[StorageEvent, ...]:
     """The events of all layers from those of the first ones. The model is cut for good."""
     num_groups = stack.num_groups
-    traces = []
+    shallow = []
     for depth in sorted(DEPTHS, reverse=True):
         cut(stack, depth)
-        traces.append(_trace(copy.deepcopy(model), kind, size))
-    four, three, two = traces
+        # All before the first step, in which an optimizer's hook finds the layers of every model.
+        shallow.append(copy.deepcopy(model))
+    four, three, two = (_trace(one, kind, size) for one in shallow)
     return deepened(two, three, four, num_groups)
 
 
@@ -143,11 +145,14 @@ def estimated_profile(kind: StepKind, reason: str) -> EstimatedProfile:
 
     Raises InputError for a method that the closed form does not hold for.
     """
-    if kind.method == "dora":
+    if kind.method in ("dora", "peft_adalora"):
         raise InputError(
-            f"method: dora cannot be planned on this model: a step of it cannot be traced "
-            f"({reason}), and the closed form is for LoRA. Plan rslora, which needs less."
+            f"method: {kind.method} cannot be planned on this model: a step of it cannot be traced "
+            f"({reason}), and the closed form is for LoRA and our AdaLoRA. Plan rslora, which "
+            "needs less, or rsadalora."
         )
+    allocates = kind.method in ADALORA_METHODS
+    gathered_bytes = IMPORTANCE_BYTES if allocates and kind.score == "full" else 0.0
     with torch.device("meta"):
         low, high = (build_model(kind, rank) for rank in (8, 16))
     config: Any = low.get_base_model().config
@@ -167,7 +172,8 @@ def estimated_profile(kind: StepKind, reason: str) -> EstimatedProfile:
             "num_classes": text.vocab_size if is_decoder else config.num_labels,
             "per_token": is_decoder,
             "adapter_itemsize": getattr(torch, kind.adapter_dtype).itemsize,
-            "state_bytes_per_param": _STATE_BYTES.get(kind.optimizer, 8.0),
+            "state_bytes_per_param": _STATE_BYTES.get(kind.optimizer, 8.0) + gathered_bytes,
+            "scaled_adapters": allocates,
             "activation_itemsize": getattr(torch, kind.autocast or kind.dtype).itemsize,
             "gradient_checkpointing": kind.gradient_checkpointing,
             "lora_dropout": kind.lora_dropout > 0,

@@ -23,7 +23,12 @@ from optuna.distributions import (
 from rsauto.choices import PowerRange, RateRange
 from rsauto.config import StudyConfig
 from rsauto.records import ADALORA_METHODS, AllocationSpec, Method, TrialSpec
-from rsauto.scaling import ScalingRule, learning_rate_exponent, transferred_learning_rate
+from rsauto.scaling import (
+    ScalingRule,
+    initial_rank,
+    learning_rate_exponent,
+    transferred_learning_rate,
+)
 from rsauto.training.schedule import steps_of_share
 
 Params = dict[str, Any]
@@ -250,7 +255,7 @@ class Space:
         )
         return replace(
             spec,
-            init_rank=math.ceil(chosen.init_ratio * spec.rank),
+            init_rank=initial_rank(spec.rank, chosen.init_ratio),
             target_rank=spec.rank,
             lambda_lr_ratio=lambda_lr_ratio,
             allocation=allocation,
