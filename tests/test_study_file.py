@@ -54,7 +54,7 @@ def test_numbers_that_yaml_calls_text_are_numbers(tmp_path: Path) -> None:
          "dtype, quant_bits, adapter_dtype, attn_implementation, gradient_checkpointing, "
          "target_modules."),
         ("1: 2", "s.yaml:1: 1: unknown key. Allowed here: name, memory_budget, model, data, "
-         "training, search, presets."),
+         "training, search, adalora, presets."),
         ("search: {rank: {low: 2}}", "s.yaml:1: search.rank.high: is missing."),
         ("search:\n  rank: {low: 3, high: 8}",
          "s.yaml:2: search.rank: low must be a power of two, or give a list instead."),
