@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,17 @@ def test_the_trained_adapter_is_the_one_that_is_asked_about(tmp_path: Path) -> N
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     loaded.add_adapter("new", config_of())
     assert set(loaded.base_model.rank_pattern().values()) == {6}
+
+
+@pytest.mark.parametrize("export", [rsauto.export_lora, rsauto.export_adalora])
+def test_an_export_before_the_end_of_the_schedule_says_so(export: Any, tmp_path: Path) -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    train(model, optimizer, 1, 8)
+    modules = len(model.base_model.rank_pattern())
+    with pytest.warns(UserWarning, match=f"are active, and {2 * modules} will be at the end"):
+        export(model, tmp_path / "early")
+    train(model, optimizer, 9, 20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The ranks are not final")
+        export(model, tmp_path / "final")

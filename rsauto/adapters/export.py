@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from rsauto.adalora.layer import SvdLayer
+from rsauto.adalora.layer import SvdLayer, svd_layers
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 from rsauto.atomic import write_bytes
 
@@ -67,6 +68,7 @@ def export_lora(
             f"adapter_name: {adapter_name!r} has nothing to write; the model has "
             f"{', '.join(map(repr, model.peft_config))}."
         )
+    warn_where_ranks_are_not_final(model, adapter_name)
     if padded:
         folded = _padded(folded)
     tensors = {**_tensors(folded), **other_tensors(model, adapter_name, folded)}
@@ -75,6 +77,20 @@ def export_lora(
         config.base_model_name_or_path = base_name
     num_bytes = write_adapter(Path(folder), tensors, config, card)
     return Exported(num_bytes, {name: len(a) for name, (a, _) in folded.items()})
+
+
+def warn_where_ranks_are_not_final(model: PeftModel, adapter_name: str) -> None:
+    """Of AdaLoRA in the middle of its schedule, which has more rank than was asked for."""
+    layers = [layer for _, layer in svd_layers(model) if adapter_name in layer.triplets]
+    states = [layer.triplets[adapter_name] for layer in layers]
+    active = sum(state.active_rank for state in states)
+    target = sum(state.config.target_r for state in states)
+    if active > target:
+        warnings.warn(
+            f"The ranks are not final: {active} triplets are active, and {target} will be at the "
+            "end of the schedule.",
+            stacklevel=3,
+        )
 
 
 def write_adapter(

@@ -14,7 +14,13 @@ from torch import Tensor
 from rsauto.adalora.config import RsAdaLoraConfig
 from rsauto.adalora.importance import RANK_DIM
 from rsauto.adalora.layer import SvdLayer, svd_layers
-from rsauto.adapters.export import Exported, other_tensors, whole_modules, write_adapter
+from rsauto.adapters.export import (
+    Exported,
+    other_tensors,
+    warn_where_ranks_are_not_final,
+    whole_modules,
+    write_adapter,
+)
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
 
 _EPSILON = 1e-5
@@ -36,6 +42,7 @@ def export_adalora(
             f"adapter_name: {adapter_name!r} is not an adapter of RsAdaLoraConfig. Plain LoRA "
             "leaves through export_lora."
         )
+    warn_where_ranks_are_not_final(model, adapter_name)
     layers = {n: m for n, m in svd_layers(model.get_base_model()) if adapter_name in m.triplets}
     ranks = {name: layer.triplets[adapter_name].active_rank for name, layer in layers.items()}
     r_max = max(1, *ranks.values())
