@@ -286,3 +286,15 @@ def test_rank_allocation_is_not_pruned_away_by_the_export(study: Path) -> None:
 def test_an_allocation_is_read_back_from_a_newer_record() -> None:
     data = {"tinit": 1, "tfinal": 2, "something_new": 3}
     assert AllocationSpec.from_json(data) == AllocationSpec(tinit=1, tfinal=2)
+
+
+def test_the_card_says_how_the_rank_is_spread(study: Path) -> None:
+    by_number = {r["number"]: r for r in records(study / "out")}
+    for folder in (study / "out" / "adapters").iterdir():
+        record = by_number[int(folder.name)]
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        differs = record["rank_pattern"] is not None
+        assert (f"# LoRA adapter, rank {record['rank']} on average\n" in card) == differs
+        assert (f"| a server must allow | rank {record['r_max']} |\n" in card) == differs
+        is_adalora = record["method"] == "rsadalora"
+        assert ("| learning rate of lambda | 4 times that of A |\n" in card) == is_adalora

@@ -110,25 +110,11 @@ def trial_card(
     head = ""
     if record.head_learning_rate is not None:
         head = f"| learning rate of the head | {record.head_learning_rate:g} |\n"
-    shape = f"rank {record.rank}"
-    placed = ""
-    if record.rank_pattern is not None and record.r_max is not None:
-        empty = sum(rank == 0 for rank in record.rank_pattern.values())
-        shape += " on average"
-        placed = (
-            f"| ranks of the modules | up to {record.r_max}; {empty} of them are not adapted |\n"
-            f"| a server must allow | rank {record.r_max} |\n"
-        )
-    if record.allocation is not None:
-        placed += (
-            f"| rank at the start | {record.init_rank} in every module |\n"
-            f"| learning rate of lambda | {record.lambda_lr_ratio:g} times that of A |\n"
-        )
     metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
     content = f"""---
 {metadata.to_yaml()}
 ---
-# LoRA adapter, {shape}
+# LoRA adapter, rank {record.rank}{" on average" if record.rank_pattern else ""}
 
 Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
 `{base_name}`, {base}with seed {record.seed}.
@@ -141,7 +127,7 @@ The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = 
 | method | {record.method} |
 | rank, alpha | {record.rank}, {record.alpha} |
 | learning rate (A), lr_ratio (B/A) | {record.learning_rate:g}, {record.lr_ratio:g} |
-{placed}{head}\
+{_rank_rows(record)}{head}\
 | optimizer, schedule | {record.optimizer}, {record.schedule} |
 | steps x batch size | {record.steps} x {record.batch_size} |
 
@@ -154,6 +140,23 @@ The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = 
 ```
 """
     return str(ModelCard(content))
+
+
+def _rank_rows(record: TrialRecord) -> str:
+    """Rows of the card that say how rank is spread, where modules differ."""
+    if record.rank_pattern is None:
+        return ""
+    empty = sum(rank == 0 for rank in record.rank_pattern.values())
+    rows = (
+        f"| ranks of the modules | up to {record.r_max}; {empty} of them are not adapted |\n"
+        f"| a server must allow | rank {record.r_max} |\n"
+    )
+    if record.allocation is not None:
+        rows += (
+            f"| rank at the start | {record.init_rank} in every module |\n"
+            f"| learning rate of lambda | {record.lambda_lr_ratio:g} times that of A |\n"
+        )
+    return rows
 
 
 def _loading_code(base_name: str, data: TokenisedData) -> str:
