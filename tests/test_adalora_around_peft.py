@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import rsauto
 from rsauto import RsAdaLoraConfig
 from rsauto.adalora import rank_allocator
+from rsauto.adalora.stepping import follow_optimizers
 
 
 @pytest.mark.parametrize("recovery", ["paper", "none"])
@@ -113,6 +117,16 @@ class Lookahead(torch.optim.Optimizer):
         self.inner.step()
 
 
+_kept_alive: list[Any] = []
+
+
+class CallsItsParent(torch.optim.AdamW):
+    """A step that is its parent's, as many subclasses have it."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
 def added_by_a_step(wrap: bool, fail: bool = False) -> float:
     """Size of what the regulariser adds to the gradients of one step."""
     model = adapted()
@@ -123,7 +137,7 @@ def added_by_a_step(wrap: bool, fail: bool = False) -> float:
         broken.inner = None  # type: ignore[assignment]
         with pytest.raises(AttributeError):
             broken.step()
-        del broken
+        _kept_alive.append(broken)  # as a notebook keeps what failed
     model(**batch(1)).loss.backward()
     factors = [p for p, _ in model.base_model.allocator().regularised()]
     before = [p.grad.clone() for p in factors if p.grad is not None]
@@ -138,6 +152,46 @@ def test_an_optimizer_inside_another_regularises_once() -> None:
     assert added_by_a_step(wrap=True) == pytest.approx(once, rel=1e-6)
     assert added_by_a_step(wrap=False, fail=True) == pytest.approx(once, rel=1e-6)
     assert added_by_a_step(wrap=False) == pytest.approx(once, rel=1e-6)
+
+
+def test_a_subclass_that_calls_its_parent_regularises_once() -> None:
+    calls = []
+
+    class Counting:
+        def before_step(self, stepped: set[int], loss_scale: Any) -> None:
+            calls.append("before")
+
+        def after_step(self, stepped: set[int], found_inf: Any) -> None:
+            calls.append("after")
+
+    counting = Counting()
+    follow_optimizers(counting)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for make in (torch.optim.AdamW, CallsItsParent):
+        optimizer = make([parameter], lr=0.1)
+        calls.clear()
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        assert calls == ["before", "after"], make
+
+
+def test_models_trained_in_two_threads_do_not_notice_each_other() -> None:
+    def trained(model: PeftModel) -> list[torch.Tensor]:
+        train(model, adamw(model), 1, 12)
+        return [p.detach().clone() for _, p in model.base_model.allocator().factors()]
+
+    models = [adapted(tiny_llama(seed)) for seed in (0, 1)]
+    alone = [trained(copy.deepcopy(model)) for model in models]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(trained, models))
+    finally:
+        sys.setswitchinterval(interval)
+    for before, after in zip(alone, together, strict=True):
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -10,6 +10,7 @@ For every module, once ranks are being allocated:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,12 +90,11 @@ def pop_saved(
     return left
 
 
-class _Found:
+class _Found(NamedTuple):
     """State read for one module."""
 
-    def __init__(self, mask: Tensor, importance: Importance | None) -> None:
-        self.mask = mask
-        self.importance = importance
+    mask: Tensor
+    importance: Importance | None
 
 
 def _saved_name(module: str, tensors: Mapping[str, Tensor]) -> str | None:

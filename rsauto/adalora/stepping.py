@@ -7,8 +7,9 @@ models.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -28,10 +29,11 @@ class Follower(Protocol):
         """``found_inf``: above zero where the optimizer left the step out, else None or zero."""
 
 
+_TORCH_FILE = register_optimizer_step_pre_hook.__code__.co_filename
+"""Where torch wraps every optimizer's step, in a function called "wrapper"."""
+
 _followers: WeakSet[Any] = WeakSet()
 _hooks: list[Any] = []
-_stepping: list[ref[Optimizer]] = []
-"""Optimizers in their step, the outermost first: some step others inside (ZeRO, SAM)."""
 
 
 def follow_optimizers(follower: Follower) -> None:
@@ -43,7 +45,7 @@ def follow_optimizers(follower: Follower) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    if not _followers or _is_inside_another(optimizer):
+    if not _followers or _is_inside_another():
         return None
     # The optimizer itself comes first among its arguments.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -61,14 +63,19 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return (args[0], told, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
-def _is_inside_another(optimizer: Optimizer) -> bool:
-    """Also takes note that the optimizer is in its step."""
-    # What a step that failed left behind is gone with its optimizer, or with that one's next step.
-    alive = [one for one in _stepping if one() is not None]
-    known = [one() for one in alive]
-    _stepping[:] = alive[: known.index(optimizer)] if optimizer in known else alive
-    _stepping.append(ref(optimizer))
-    return len(_stepping) > 1
+def _is_inside_another() -> bool:
+    """Whether the step is part of another one's: ZeRO, SAM, or a subclass that calls its parent's.
+
+    Asked of the call stack, which no step that failed leaves anything on, and which is the thread's
+    own.
+    """
+    depth = 0
+    frame = sys._getframe()
+    while frame is not None and depth < 2:
+        code = frame.f_code
+        depth += code.co_name == "wrapper" and code.co_filename == _TORCH_FILE
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth > 1
 
 
 def _tell_before(optimizer: Optimizer) -> None:
@@ -79,10 +86,7 @@ def _tell_before(optimizer: Optimizer) -> None:
 
 
 def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    while _stepping:
-        if _stepping.pop()() is optimizer:
-            break
-    if _followers and not _stepping:
+    if _followers and not _is_inside_another():
         stepped = _stepped(optimizer)
         for follower in list(_followers):
             follower.after_step(stepped, getattr(optimizer, "found_inf", None))
