@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,23 +25,15 @@ def add_adalora(model: nn.Module, spec: TrialSpec, **options: Any) -> PeftModel:
     """
     chosen = spec.allocation
     assert chosen is not None and spec.init_rank is not None and spec.target_rank is not None
+    settings = asdict(chosen)  # named as the configuration has them, but for PEFT's deltaT
     config = RsAdaLoraConfig(
         init_r=spec.init_rank,
         target_r=spec.target_rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.scaling_rule == "rslora",
-        tinit=chosen.tinit,
-        tfinal=chosen.tfinal,
-        deltaT=chosen.delta_t,
         total_step=spec.steps,
-        beta1=chosen.beta1,
-        beta2=chosen.beta2,
-        orth_reg_weight=chosen.orth_reg_weight,
-        orth_reg_form=chosen.orth_reg_form,
-        score=chosen.score,
-        recovery=chosen.recovery,
-        scale_rank=chosen.scale_rank,
-        init_std=chosen.init_std,
+        deltaT=settings.pop("delta_t"),
+        **settings,
         target_modules=target_module_names(model, spec.target_modules),
         **shared_options(model),
         **{"lora_dropout": 0.0, **options},
