@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
 Method = Literal["lora", "rslora", "adalora", "rsadalora"]
 Role = Literal["default", "default_tuned", "search", "seed", "refit"]
+ProductOrder = Literal["factors", "merged"]
+"""How B A x is computed, see `rsauto.adapters.low_rank`."""
 
 ADALORA_METHODS: tuple[Method, ...] = ("adalora", "rsadalora")
 """Methods that place their rank while they train."""
@@ -99,6 +101,8 @@ class TrialSpec:
     """Sequences per optimizer step (global)."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None until the memory planner has chosen it."""
+    product_order: ProductOrder = "factors"
+    """The order of operations that takes fewer at that micro-batch; results differ by rounding."""
     max_length: int = 512
     """Tokens per sequence, longer ones are truncated."""
     steps: int = 100
@@ -124,7 +128,7 @@ class TrialSpec:
 
     def configuration(self) -> tuple[Any, ...]:
         """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
-        ignored = {"seed", "role", "retry_of", "micro_batch_size"}
+        ignored = {"seed", "role", "retry_of", "micro_batch_size", "product_order"}
         return tuple(
             getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ignored
         )
@@ -195,6 +199,7 @@ class TrialRecord:
     max_grad_norm: float | None = None
     batch_size: int
     micro_batch_size: int | None = None
+    product_order: ProductOrder = "factors"
     max_length: int
     seed: int
     steps: int | None = None

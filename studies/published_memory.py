@@ -13,16 +13,17 @@ Needs no GPU and no weights; about a minute. Two sources:
   reserved. The length of the longest batch is not published. It is the one number fitted here, in
   steps of 8 to the first row; the others then are predictions.
 
-What differs from today's libraries, or from `rsauto study`, is written out below: the loss of
-transformers 4.48 copies the logits once more and runs inside of the model's forward, and PEFT's
-loop holds on to the outputs of a step until the next one has its own. Everything else is traced
-with what is installed.
+What differs from today's libraries, or from `rsauto study`, is written out below: adapted layers
+are PEFT's own, the loss of transformers 4.48 copies the logits once more and runs inside of the
+model's forward, and PEFT's loop holds on to the outputs of a step until the next one has its own.
+Everything else is traced with what is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,16 @@ def adapt_with_norms_in_float32(model: PreTrainedModel, kind: StepKind, rank: in
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = parameter.data.float()
-    return METHODS["lora"].adapt(model, kind, rank)
+    return STOCK.adapt(model, kind, rank)
 
 
-METHODS["lora_4_48"] = replace(METHODS["lora"], loss=loss_of_4_48)
+STOCK = replace(METHODS["lora"], adapt=partial(METHODS["lora"].adapt, fused=False))
+METHODS["lora_4_48"] = replace(STOCK, loss=loss_of_4_48)
 METHODS["lora_4_48_norms_in_float32"] = replace(
     METHODS["lora_4_48"], adapt=adapt_with_norms_in_float32
 )
-for name in ("lora", "dora", "peft_adalora"):
-    METHODS[f"{name}_keeping_outputs"] = replace(METHODS[name], loss=loss_keeping_outputs)
+for name, method in (("lora", STOCK), *((n, METHODS[n]) for n in ("dora", "peft_adalora"))):
+    METHODS[f"{name}_keeping_outputs"] = replace(method, loss=loss_keeping_outputs)
 
 
 def predicted_bytes(row: Published, profiles: Profiles) -> int:

@@ -48,8 +48,9 @@ def test_feasible_agrees_with_a_plan_of_each_combination() -> None:
 
 
 def test_feasible_of_an_automatic_plan_chooses_its_micro_batches() -> None:
-    budget = planned(ranks=[64], micro_batch_size=1).ranks[0].needed_bytes
-    found = planned(ranks=[64], micro_batch_size="auto", memory_budget=budget)
+    settings: dict[str, Any] = {"ranks": [64], "max_length": 256}
+    budget = planned(**settings, micro_batch_size=1).ranks[0].needed_bytes
+    found = planned(**settings, micro_batch_size="auto", memory_budget=budget)
     assert found.ranks[0].prediction.micro_batch_size == 1 and found.ranks[0].fits
     frame = found.feasible()
     assert frame["fits"].tolist() == [True] and frame["micro_batch_size"].tolist() == [1]

@@ -10,7 +10,7 @@ zero. A ratio of 1 is the plain optimizer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
 from rsauto.scaling import OptimizerName
+
+GroupName = Literal["A", "B", "lambda", "head"]
+GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
 
 
 def parameter_groups(

@@ -30,9 +30,10 @@ Component = Literal[
 ESTIMATE_ALLOWANCE: Mapping[bool, float] = {False: 1.9, True: 1.8}
 """Share of the activations to add, by whether they are checkpointed.
 
-Traced steps of Llama, Qwen, Gemma, GPT-2 and GPT-NeoX models with float32 adapters on all linear
-layers needed up to 2.8 times the activations above (2.7 times when checkpointed), so that the
-estimate alone was up to 47 % too low. DoRA's copies of the weights are not covered."""
+Traced steps of Llama, Qwen, Gemma, GPT-2 and GPT-NeoX models with PEFT's own layers and float32
+adapters on all linear layers needed up to 2.8 times the activations above (2.7 times when
+checkpointed), so that the estimate alone was up to 47 % too low. Fused layers need less. DoRA's
+copies of the weights are not covered."""
 
 DROPOUT_ALLOWANCE = 1.4
 """Share of the activations to add for LoRA dropout, which keeps each adapter's input once more."""

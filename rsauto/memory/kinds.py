@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rsauto.config import TaskType
 from rsauto.errors import InputError, nearest
-from rsauto.records import RankPattern
+from rsauto.records import ProductOrder, RankPattern
 
 Targets = str | tuple[str, ...]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -46,6 +46,8 @@ class StepKind:
     target_modules: Targets = "all-linear"
     rank_pattern: RankPattern | None = None
     """Rank of each module, where they differ; the rank of a `StepSize` then says nothing."""
+    product_order: ProductOrder = "factors"
+    """Of lora and rslora: how B A x is computed."""
     score: Score = "full"
     """Of adalora and rsadalora: what their importance is gathered of."""
     orth_reg: bool = True
@@ -65,6 +67,8 @@ class StepKind:
     optimizer: PlannedOptimizer = "adamw"
     clip: bool = True
     """Whether gradients are clipped by their norm."""
+    pack_size: int = 1
+    """Trials that are trained together, see `rsauto.packing`; a `StepSize` is that of each."""
     accumulate: bool = False
     """Whether gradients of an earlier micro-batch are alive in the forward pass."""
     padded: bool = True
@@ -105,6 +109,8 @@ class Prediction:
     """Where the peak is: forward, backward, optimizer or evaluation."""
     operation: str = ""
     """The operation that makes it, such as aten._log_softmax_backward_data."""
+    product_order: ProductOrder = "factors"
+    """What it holds for."""
     estimate_reason: str = ""
     """Why this is an estimate by a closed form, where the step cannot be traced; else empty."""
 
@@ -116,6 +122,7 @@ class Prediction:
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "task": get_args(TaskType),
     "method": get_args(PlannedMethod),
+    "product_order": get_args(ProductOrder),
     "score": get_args(Score),
     "dtype": get_args(DtypeName),
     "adapter_dtype": get_args(DtypeName),

@@ -49,6 +49,7 @@ def _adapt_lora(model: PreTrainedModel, kind: StepKind, rank: int, **options: An
         scaling_rule="rslora",
         target_modules=kind.target_modules,
         rank_pattern=kind.rank_pattern,
+        product_order=kind.product_order,
         learning_rate=1e-4,
     )
     options["lora_dropout"] = kind.lora_dropout
@@ -72,10 +73,18 @@ def _adapt_adalora(model: PreTrainedModel, kind: StepKind, rank: int) -> PeftMod
         init_rank=rank,
         target_rank=1,
         allocation=AllocationSpec(
-            tinit=0, tfinal=0, score=kind.score, orth_reg_weight=0.1 if kind.orth_reg else 0.0
+            tinit=0,
+            tfinal=0,
+            delta_t=_NEVER,
+            score=kind.score,
+            orth_reg_weight=0.1 if kind.orth_reg else 0.0,
         ),
     )
     return add_adalora(model, spec, lora_dropout=kind.lora_dropout)
+
+
+_NEVER = 2**30
+"""Steps between allocations, which depend on values."""
 
 
 def _gather(adapted: nn.Module) -> None:

@@ -22,7 +22,7 @@ from rsauto.memory.kinds import (
     Targets,
 )
 from rsauto.memory.profiles import Profiles
-from rsauto.records import ADALORA_METHODS, RankPattern
+from rsauto.records import ADALORA_METHODS, ProductOrder, RankPattern
 from rsauto.scaling import initial_rank
 
 MicroBatch = int | Literal["auto"]
@@ -37,10 +37,12 @@ class TrialSettings(TypedDict, total=False):
     method: PlannedMethod
     target_modules: Targets
     rank_pattern: RankPattern | None
+    product_order: ProductOrder
     score: Score
     orth_reg: bool
     optimizer: PlannedOptimizer
     clip: bool
+    pack_size: int
 
 
 class MemoryPlanner:
@@ -128,7 +130,8 @@ class MemoryPlanner:
         found = [self._profiles.predict(kind, size) for kind, size in steps]
         highest = max(found, key=lambda prediction: prediction.peak_bytes)
         reserved = max(one.reserved_bytes for one in found)
-        return replace(highest, rank=rank, reserved_bytes=reserved)
+        order = settings.get("product_order", self.kind.product_order)
+        return replace(highest, rank=rank, reserved_bytes=reserved, product_order=order)
 
     def fits(
         self,
