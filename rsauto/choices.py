@@ -1,7 +1,8 @@
-"""What a study file is made of: sections, and the forms in which a choice of values is written."""
+"""What a study file is made of: sections, sizes, and the forms in which a choice is written."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,6 +14,30 @@ from pydantic import (
     Tag,
     model_validator,
 )
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes from '24GiB', '500 MB' or a plain number; 'auto' passes through.
+
+    GiB, MiB, KiB are powers of 1024; GB, MB, KB powers of 1000. Raises ValueError otherwise.
+    """
+    if value == "auto":
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError("give a size such as 24GiB, 512MiB or a number of bytes, or auto")
+    num_bytes = float(match[1]) * _UNITS[match[2].upper()]
+    if num_bytes < 1:
+        raise ValueError("must be more than zero bytes")
+    if num_bytes > 2**60:
+        raise ValueError("must be at most 2^60 bytes")
+    return int(num_bytes)
 
 
 class Part(BaseModel):

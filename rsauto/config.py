@@ -1,12 +1,12 @@
 """StudyConfig: what a study file may say, checked in one place, every error at once.
 
-A study file is YAML with five parts (model, data, training, search, and the memory budget). Unknown
-keys are refused with the nearest right one. Bytes inside, GiB only in what people write.
+A study file is YAML with a memory budget and a section each for model, data, training, search,
+adalora and packing. Unknown keys are refused with the nearest right one. Bytes inside, GiB only in
+what people write.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -22,6 +22,7 @@ from rsauto.choices import (
     as_tuple,
 )
 from rsauto.records import ADALORA_METHODS, Method
+from rsauto.units import bytes_text
 
 Objective = Annotated[str, Field(min_length=1)]
 
@@ -31,36 +32,16 @@ MINIMISED = frozenset({"eval_loss", "train_loss", "perplexity", "general_loss", 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 """What is trained, in PEFT's words: a causal language model or a sequence classifier."""
 
-_UNITS = {
-    "": 1, "B": 1,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-}  # fmt: skip
-
-
-def parse_bytes(value: Any) -> Any:
-    """Bytes from '24GiB', '500 MB' or a plain number; 'auto' passes through.
-
-    GiB, MiB, KiB are powers of 1024; GB, MB, KB powers of 1000. Raises ValueError otherwise.
-    """
-    if value == "auto":
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError("give a size such as 24GiB, 512MiB or a number of bytes, or auto")
-    num_bytes = float(match[1]) * _UNITS[match[2].upper()]
-    if num_bytes < 1:
-        raise ValueError("must be more than zero bytes")
-    if num_bytes > 2**60:
-        raise ValueError("must be at most 2^60 bytes")
-    return int(num_bytes)
-
 
 def _budget_bytes(value: Any) -> Any:
     """Bytes from a size or the name of a GPU; 'auto' passes through. Else raises ValueError."""
     from rsauto.devices import read_budget  # which itself reads sizes with `parse_bytes`
 
     return value if value == "auto" else read_budget(value).total_bytes
+
+
+def _budget_bytes_or_none(value: Any) -> Any:
+    return None if value is None else _budget_bytes(value)
 
 
 class ModelConfig(Part):
@@ -300,6 +281,30 @@ class AdaLoraSettings(Part):
         return self
 
 
+def _off_as_a_word(value: Any) -> Any:
+    """YAML reads a bare off as false."""
+    return "off" if value is False else value
+
+
+class PackingSettings(Part):
+    """How search trials are trained together, in one forward and backward over one frozen base.
+
+    Defaults and the finalists' other seeds always run alone, so that their time and memory are
+    their own."""
+
+    mode: Annotated[Literal["auto", "off"], BeforeValidator(_off_as_a_word)] = "auto"
+    """auto: search trials are trained together wherever that is exact and faster; off: every trial
+    runs alone."""
+    trials: int = Field(8, ge=1, le=64)
+    """Most trials trained together. Where trials are, it is also how far the search looks ahead: a
+    trial is proposed from the results of those at least this many before it, so that what is
+    proposed does not depend on how many really ran at once. That is fixed when a study's search
+    begins; one that begins one by one proposes each trial from all before it."""
+    admission: Literal["elastic", "together"] = "elastic"
+    """elastic: the next trial takes a slot as soon as one is free. together: a pack is filled only
+    once it is empty, so that all of its trials are at the same step and see the same minibatch."""
+
+
 def _values(choice: PowerRange | tuple[int, ...]) -> tuple[int, ...]:
     return choice.values() if isinstance(choice, PowerRange) else tuple(sorted(choice))
 
@@ -312,13 +317,29 @@ class StudyConfig(Part):
     memory_budget: Annotated[int | Literal["auto"], BeforeValidator(_budget_bytes)] = "auto"
     """Bytes of the device for the whole fine-tune, or a GPU such as rtx4090; 'auto' is what the
     device has."""
+    pack_memory_budget: Annotated[
+        int | Literal["auto"] | None, BeforeValidator(_budget_bytes_or_none)
+    ] = None
+    """Bytes of the device that trials trained together may use, or a GPU; 'auto' is what the device
+    has, None the memory_budget. Each of them alone still has to fit the memory_budget."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig(steps=100)
     search: SearchConfig = SearchConfig()
     adalora: AdaLoraSettings = AdaLoraSettings()
+    packing: PackingSettings = PackingSettings()
     presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Named sets of changes, chosen with --preset; each a partial study file."""
+
+    @model_validator(mode="after")
+    def _packs_hold_a_trial(self) -> Self:
+        pack, alone = self.pack_memory_budget, self.memory_budget
+        if isinstance(pack, int) and isinstance(alone, int) and pack < alone:
+            raise ValueError(
+                f"pack_memory_budget must be at least memory_budget, which is {bytes_text(alone)} "
+                f"(got {bytes_text(pack)}); null makes it the same"
+            )
+        return self
 
     def target_choices(self) -> tuple[str | tuple[str, ...], ...]:
         """The choices of layers that trials may use."""
@@ -330,9 +351,15 @@ class StudyConfig(Part):
 
 
 RESUMABLE = frozenset(
-    {"search.trials", "search.seeds", "search.rank", "search.max_seconds", "search.max_failures"}
-)
-"""Settings that may change when a study is continued; anything else would mix two studies."""
+    {
+        "search.trials", "search.seeds", "search.rank", "search.max_seconds", "search.max_failures",
+        "packing.mode", "packing.admission", "pack_memory_budget",
+    }
+)  # fmt: skip
+"""Settings that may change when a study is continued; anything else would mix two studies.
+
+How many trials run at once changes their results by rounding alone, but packing.trials also says
+from which results a trial is proposed, so it stays."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:

@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 from rsauto.config import StudyConfig
 from rsauto.data import lines as preflight_lines
+from rsauto.in_flight import InFlight
 from rsauto.records import Role, TrialRecord
-from rsauto.report.ranks import rank_table
+from rsauto.report.ranks import packing_note, rank_table
 from rsauto.report.table import Study, is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
     AllowanceRaised,
     Event,
+    PackingDecided,
+    PackShrank,
     Planned,
     Searching,
     Stage,
@@ -36,13 +37,13 @@ from rsauto.search.events import (
     TrialStarted,
     TrialStep,
 )
+from rsauto.search.pack_size import PackPlan
 from rsauto.search.setup import Setup, probes
 from rsauto.units import (
     bytes_text,
     count_text,
     method_text,
     objective_text,
-    rank_text,
     rate_text,
     seconds_text,
     value_text,
@@ -68,26 +69,16 @@ class Display:
         self.config = config
         self.console = console
         self.best: TrialRecord | None = None
-        self.budget_bytes: int | None = None
         self.begin = time.monotonic()
         self.num_at_start = 0
-        self.memory = Text()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self.study: TaskID | None = None
-        self.trial: TaskID | None = None
+        self.in_flight = InFlight(console)
 
     def shown(self) -> AbstractContextManager[object]:
         """The live panel in a terminal; elsewhere nothing, lines are printed as they come."""
         if not self.console.is_terminal:
             return nullcontext()
         return Live(
-            Group(self.memory, self.progress),
+            get_renderable=self.in_flight.panel,
             console=self.console,
             refresh_per_second=6,
             transient=True,
@@ -102,18 +93,23 @@ class Display:
             case Searching():
                 self._searching(event)
             case TrialStarted():
-                self._started(event)
+                self.in_flight.start(event)
             case TrialStep():
-                self._stepped(event)
+                self.in_flight.step(event)
             case TrialSettled(record=record, num_settled=num_settled):
                 self._settled(record, num_settled)
             case AllowanceRaised(allowance=allowance, ranks=ranks):
                 self.console.print(allowance_line(allowance, ranks), markup=False, highlight=False)
+            case PackingDecided(plan=plan):
+                self.console.print(packing_line(plan), markup=False, highlight=False)
+            case PackShrank(size=size):
+                line = f"out of memory: from now on {size} trials at once; nothing is lost"
+                self.console.print(line, markup=False, highlight=False)
             case StudyEnded():
                 pass
 
     def _planned(self, setup: Setup) -> None:
-        self.budget_bytes = setup.memory_budget_bytes
+        self.in_flight.budget_bytes = setup.memory_budget_bytes
         for line in preflight_lines(setup.preflight):
             self.console.print(line, markup=False, highlight=False)
         self.console.print(plan_table(setup))
@@ -125,42 +121,15 @@ class Display:
             self.console.print(f"continuing after {event.num_settled} settled trials")
         if event.num_orphans:
             self.console.print(f"{event.num_orphans} interrupted trial(s) will be run again")
-        total = self.config.search.trials
-        self.study = self.progress.add_task(
-            "study", total=total, completed=event.num_settled, note=""
-        )
-
-    def _started(self, event: TrialStarted) -> None:
-        spec = event.spec
-        if self.trial is not None:
-            self.progress.remove_task(self.trial)
-        self.trial = self.progress.add_task(f"trial {event.number}", total=spec.steps, note="")
-        self.memory.plain = (
-            f"trial {event.number}: "
-            f"{method_text(spec.method, is_refit=spec.rank_pattern is not None)} "
-            f"rank {rank_text(spec.rank, spec.init_rank)}, "
-            f"alpha {spec.alpha}, learning rate {rate_text(spec.learning_rate)}, "
-            f"micro-batch {spec.micro_batch_size}; predicted peak "
-            f"{bytes_text(event.prediction.peak_bytes)} of {bytes_text(self.budget_bytes)}"
-        )
-
-    def _stepped(self, event: TrialStep) -> None:
-        if self.trial is None:
-            return
-        point = event.point
-        measured = event.measured_peak_bytes
-        note = f"loss {point.train_loss:.3f}"
-        if measured is not None:
-            note += f", peak {bytes_text(measured)}"
-        self.progress.update(self.trial, completed=point.step, note=note)
+        self.in_flight.begin(self.config.search.trials, event.num_settled)
 
     def _settled(self, record: TrialRecord, num_settled: int) -> None:
         if record.outcome == "complete" and self._is_better(record):
             self.best = record
         self.console.print(trial_line(record, self.config), markup=False, highlight=False)
-        if self.study is not None:
-            note = f"best {self._best_text()}, {self._time_left(num_settled)} left"
-            self.progress.update(self.study, completed=num_settled, note=note)
+        self.in_flight.end(record.number)
+        note = f"best {self._best_text()}, {self._time_left(num_settled)} left"
+        self.in_flight.settled(num_settled, note)
 
     def _is_better(self, record: TrialRecord) -> bool:
         new, old = objective_value(record, self.config), None
@@ -216,6 +185,8 @@ def trial_line(record: TrialRecord, config: StudyConfig) -> str:
         f"r={record.rank:<4}alpha={record.alpha:<3}lr={rate_text(record.learning_rate):<8}"
         f"{value_text(value) if record.outcome == 'complete' else record.outcome:<8}",
     ]
+    if record.engine == "packed":
+        parts.append(f"{pack_text(record.pack_size):>15}")
     if record.measured_peak_bytes is not None:
         parts.append(f"{bytes_text(record.measured_peak_bytes):>8}")
     if record.train_seconds is not None:
@@ -223,6 +194,11 @@ def trial_line(record: TrialRecord, config: StudyConfig) -> str:
     if record.error:
         parts.append(record.error)
     return " ".join(parts)
+
+
+def pack_text(pack_size: int | None) -> str:
+    """'packed x8', where a trial that ran alone has its peak and time."""
+    return "packed" if pack_size is None else f"packed x{pack_size}"
 
 
 def allowance_line(allowance: Allowance, ranks: tuple[int, ...]) -> str:
@@ -262,6 +238,9 @@ def plan_table(setup: Setup) -> Table:
 def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
     """The table of ranks, the sentence, and where the files are."""
     console.print(ranks_as_table(study, verdict, console.width))
+    note = packing_note(study.records)
+    if note is not None:
+        console.print(note, style="dim", markup=False, highlight=False)
     console.print()
     for sentence in verdict.sentences:
         console.print(sentence, markup=False, highlight=False)
@@ -329,3 +308,13 @@ RANK_COLUMNS = (
 
 WIDE = 150
 """Columns of a terminal that shows every column of the table."""
+
+
+def packing_line(plan: PackPlan) -> str:
+    """How search trials are run, and why."""
+    if plan.size == 1:
+        return f"search trials run one by one: {plan.reason}"
+    return (
+        f"search trials run up to {plan.size} at once: {plan.ratio:.1f} times as fast as one by "
+        "one in a short probe"
+    )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsauto.config import parse_bytes
+from rsauto.choices import parse_bytes
 from rsauto.errors import InputError, nearest
 
 GIB = 2**30

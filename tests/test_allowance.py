@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def test_the_largest_excess_decides(needing: Callable[..., TrialRecord]) -> None
     found = allowance_after(records, 0)
     assert found.share == 0.124
     assert found.reason == "trial 4 needed 12.3% more than predicted"
+
+
+def test_packs_say_nothing_about_what_a_trial_needs_alone(
+    needing: Callable[..., TrialRecord],
+) -> None:
+    """Neither that of a pack that ran out, nor its peak, which all of its trials share."""
+    shared: dict[str, Any] = {"engine": "packed", "pack_id": "p", "pack_size": 4}
+    full = replace(needing(None, "oom"), **shared)
+    done = replace(needing(None), **shared, pack_peak_bytes=900 * MIB)
+    assert allowance_after([full, done], 0) == Allowance(ALLOWANCE)
+    assert allowance_after([replace(full, engine="peft")], 0).share > ALLOWANCE
 
 
 def test_what_ran_out_of_memory_no_longer_fits(needing: Callable[..., TrialRecord]) -> None:

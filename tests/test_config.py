@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from rsauto.choices import parse_bytes
 from rsauto.config import (
     DataConfig,
     ModelConfig,
+    PackingSettings,
     PowerRange,
     RateRange,
     SearchConfig,
     StudyConfig,
     TrainingConfig,
     differences,
-    parse_bytes,
 )
 from rsauto.errors import InputError
 from rsauto.study_file import validate
@@ -108,6 +110,10 @@ def test_any_number_of_bytes_is_kept(num_bytes: int) -> None:
             {"warmup_share": 0.5, "final_share": 0.5},
             "warmup_share and final_share must leave a part of the steps between",
         ),
+        ("packing", {"mode": "on"}, "packing.mode: must be 'auto' or 'off' (got 'on')"),
+        ("packing", {"trials": 0}, "packing.trials: must be at least 1 (got 0)"),
+        ("packing", {"trials": 65}, "packing.trials: must be less than or equal to 64 (got 65)"),
+        ("packing", {"admission": "late"}, "must be 'elastic' or 'together' (got 'late')"),
         ("search", {"trials": 0}, "search.trials: must be at least 1 (got 0)"),
         ("search", {"within": 1}, "must be less than 1"),
         ("search", {"objective": ""}, "must not be empty"),
@@ -134,6 +140,36 @@ def test_every_rule_is_told_in_one_line_with_its_section(
     found = message_of({section: settings})
     assert found.startswith(f"config: {section}")
     assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("48GiB", 48 * 2**30), (24 * 2**30, 24 * 2**30), ("auto", "auto"), (None, None)],
+)
+def test_packs_may_have_a_budget_of_their_own(text: Any, num_bytes: Any) -> None:
+    config = StudyConfig(memory_budget="24GiB", pack_memory_budget=text)
+    assert config.pack_memory_budget == num_bytes
+    assert StudyConfig(pack_memory_budget="rtx4090") == StudyConfig(pack_memory_budget="RTX 4090")
+
+
+def test_packs_share_the_memory_budget_unless_told() -> None:
+    assert StudyConfig().pack_memory_budget is None
+    assert StudyConfig().packing == PackingSettings(mode="auto", trials=8, admission="elastic")
+
+
+def test_a_pack_budget_below_that_of_one_trial_is_refused_with_both() -> None:
+    found = message_of({"memory_budget": "24GiB", "pack_memory_budget": "8GiB"})
+    assert "pack_memory_budget must be at least memory_budget, which is 24.0 GiB" in found
+    assert "(got 8.00 GiB); null makes it the same" in found
+    # What auto comes to is known only where the study runs.
+    assert StudyConfig(memory_budget="auto", pack_memory_budget="8GiB")
+    assert "give a size such as 24GiB" in message_of({"pack_memory_budget": "lots"})
+
+
+def test_off_is_a_word_also_where_yaml_reads_false() -> None:
+    assert PackingSettings(mode=yaml.safe_load("off")).mode == "off"
+    assert PackingSettings(mode="off").mode == "off"
+    assert "'auto' or 'off'" in message_of({"packing": {"mode": True}})
 
 
 def test_a_word_or_number_stands_for_a_list_of_one() -> None:
@@ -189,6 +225,10 @@ def study(**search: Any) -> StudyConfig:
         study(max_failures=9),
         study(rank={"low": 2, "high": 512}),
         study(rank=[4, 12]),
+        StudyConfig(packing=PackingSettings(mode="off")),
+        StudyConfig(packing=PackingSettings(admission="together")),
+        StudyConfig(pack_memory_budget="auto"),
+        StudyConfig(pack_memory_budget="8GiB"),
         StudyConfig(presets={"quick": {"search": {"trials": 2}}}),
     ],
 )
@@ -214,6 +254,7 @@ def test_a_continued_study_may_change_its_size_ranks_and_limits(changed: StudyCo
         (StudyConfig(data=DataConfig(name="other")), ["data.name: was 'embedded', is 'other'"]),
         (StudyConfig(model=ModelConfig(target_modules=("q",))), ["model.target_modules: was"]),
         (StudyConfig(memory_budget="1GiB"), ["memory_budget: was 'auto', is 1073741824"]),
+        (StudyConfig(packing=PackingSettings(trials=1)), ["packing.trials: was 8, is 1"]),
         (study(reference_rank=16), ["search.reference_rank: was 8, is 16"]),
     ],
 )

@@ -222,6 +222,6 @@ def test_measured_peaks_are_shown_beside_predicted_ones() -> None:
     line, points = panel.layers
     assert line.x == line.y == (100.0, 200.0)
     assert (points.x, points.y) == ((100.0, 200.0), (97.0, 204.0))
-    assert panel.caption.startswith("2 trials: the measured peak is 97.0% to 102.0% of")
+    assert panel.caption.startswith("2 trials that ran alone: the measured peak is 97.0% to")
     assert points.hover[1].endswith("measured 204.0 MiB (+2.0%)")
     assert predictions_panel(table(records[2:])) is None

@@ -53,8 +53,8 @@ def test_numbers_that_yaml_calls_text_are_numbers(tmp_path: Path) -> None:
         ("model:\n  zzzz: 3", "s.yaml:2: model.zzzz: unknown key. Allowed here: name, revision, "
          "dtype, quant_bits, adapter_dtype, attn_implementation, gradient_checkpointing, "
          "target_modules."),
-        ("1: 2", "s.yaml:1: 1: unknown key. Allowed here: name, memory_budget, model, data, "
-         "training, search, adalora, presets."),
+        ("1: 2", "s.yaml:1: 1: unknown key. Allowed here: name, memory_budget, "
+         "pack_memory_budget, model, data, training, search, adalora, packing, presets."),
         ("search: {rank: {low: 2}}", "s.yaml:1: search.rank.high: is missing."),
         ("search:\n  rank: {low: 3, high: 8}",
          "s.yaml:2: search.rank: low must be a power of two, or give a list instead."),
@@ -71,6 +71,9 @@ def test_numbers_that_yaml_calls_text_are_numbers(tmp_path: Path) -> None:
          "must divide batch_size 16: one of [1, 2, 4, 8, 16]."),
         ("name: a\nmemory_budget: 24 GiBB", "s.yaml:2: memory_budget: give a size such as 24GiB, "
          "512MiB or a number of bytes, or auto (got '24 GiBB')."),
+        ("memory_budget: 2GiB\npack_memory_budget: 1GiB", "s.yaml:2: study: pack_memory_budget "
+         "must be at least memory_budget, which is 2.00 GiB (got 1.00 GiB); null makes it the "
+         "same."),
         ("model: {target_modules: q_proj}", "s.yaml:1: model.target_modules: must be 'all-linear' "
          "or 'attention' or a list (got 'q_proj')."),
         ("model: {target_modules: [1]}", "s.yaml:1: model.target_modules.0: must be text, in "
@@ -255,6 +258,7 @@ def test_an_unknown_or_faulty_preset_is_named(tmp_path: Path) -> None:
     [
         BASE,
         "memory_budget: 24GiB",
+        "memory_budget: 24GiB\npack_memory_budget: auto\npacking: {mode: off, trials: 4}",
         "model: {target_modules: [q_proj, v_proj]}\ndata: {prompt: 'Q: {q}\\n', completion: '{a}'}",
         "training: {epochs: 1.5, micro_batch_size: 4, max_grad_norm: null}",
         "search: {rank: [4, 2048], alpha: 8, learning_rate: [1e-5, 3.3e-4], sampler: grid,"

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rsauto.config import parse_bytes
+from rsauto.choices import parse_bytes
 from rsauto.data.files import table_of
 from rsauto.embedded import MODEL_DIR
 from rsauto.errors import InputError
@@ -297,6 +297,7 @@ def test_objective(embedded: Seen, class_sizes: tuple[int, ...], objective: str)
     seen = dataclasses.replace(embedded, class_sizes=class_sizes)
     assert value(seen, "search.objective") == objective
     keys = {setting.key for setting in suggest(seen).settings}
+    assert "packing.trials" in keys
     assert ("training.head_learning_rate" in keys) == bool(class_sizes)
     assert ("data.forgetting" in keys) == (not class_sizes)
 
@@ -322,6 +323,22 @@ def test_a_setting_that_is_off_is_valid_once_it_is_on(embedded: Seen) -> None:
     config = validate(yaml.safe_load(text))
     assert config.data.forgetting == "english"
     assert config.model.gradient_checkpointing
+
+
+def test_packs_are_offered_more_memory_only_where_a_trial_is_given_less(embedded: Seen) -> None:
+    def packs(memory_budget: str) -> dict[str, bool]:
+        wishes = dataclasses.replace(embedded.wishes, memory_budget=memory_budget)
+        settings = suggest(dataclasses.replace(embedded, wishes=wishes)).settings
+        return {s.key: s.is_active for s in settings if s.key.startswith("pack")}
+
+    assert packs("auto") == {"packing.trials": True}
+    assert packs("2GiB") == {"pack_memory_budget": False, "packing.trials": True}
+    assert (
+        validate(
+            {**suggest(embedded).values(), "memory_budget": "2GiB", "pack_memory_budget": "auto"}
+        ).packing.trials
+        == 8
+    )
 
 
 @pytest.mark.parametrize(

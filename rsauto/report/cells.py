@@ -38,8 +38,9 @@ class Grid:
 
 
 _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
-_TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern"})
-"""Of the list of trials: other names of its columns, and a pattern, which is a figure."""
+_TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern", "pack_id"})
+"""Of the list of trials: other names of its columns, a pattern, which is a figure, and the name of
+a pack, which says nothing to people."""
 _Write = Callable[[Any], str]
 
 
@@ -115,6 +116,8 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
         found.append((name, value_text(chosen.objective), seeds))
         budget = verdict.memory_budget_bytes
         limit = f"of {bytes_text(budget)}" if budget is not None else "no budget set"
+        if chosen.need_bytes not in (None, chosen.record.measured_peak_bytes):
+            limit = f"predicted, {limit}"
         found.append(("memory needed", bytes_text(chosen.need_bytes), limit))
     if verdict.gain is not None:
         relative = verdict.gain.relative

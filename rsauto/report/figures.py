@@ -141,6 +141,9 @@ def _hover(row: pd.Series[Any], objective: str) -> str:
     ]
     if not pd.isna(row["r_max"]) and row["r_max"] > row["rank"]:
         lines.insert(2, f"largest rank of a module {row['r_max']}")
+    if row["engine"] == "packed":
+        size = "" if pd.isna(row["pack_size"]) else f" of up to {row['pack_size']}"
+        lines.append(f"trained in a pack{size}; the peak is that of the trial alone")
     return "\n".join(lines)
 
 
@@ -230,8 +233,8 @@ def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     return Panel(
         key="memory",
         title=f"What memory buys: {name} against memory",
-        caption="Every trial at the smallest budget it can be trained in. The line joins the "
-        f"trials that no other beats in both. {_AT_THE_EDGE}{told}",
+        caption="Every trial at the smallest budget it can be trained in alone, as predicted. The "
+        f"line joins the trials that no other beats in both. {_AT_THE_EDGE}{told}",
         x_label=f"smallest memory budget ({unit})",
         y_label=name,
         layers=(*([line] if line.x else []), *_trial_layers(trials, x, divisor, verdict, scale),

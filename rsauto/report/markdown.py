@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rsauto import study_file
 from rsauto.report.cells import Grid, tiles
 from rsauto.report.panel import HeatMap, Panel
+from rsauto.report.ranks import packing_note
 from rsauto.report.table import Study
 from rsauto.report.verdict import Verdict
 
@@ -28,6 +29,9 @@ def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel 
     if ranks.rows:
         parts += ["## What each rank costs and what it buys",
                   _table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
+    note = packing_note(study.records)
+    if note is not None:
+        parts.append(_inline(note))
     for panel in shown:
         parts += [f"![{_inline(panel.alt)}](figures/{panel.key}.svg)", _inline(panel.caption)]
     parts += _unfinished(study)

@@ -22,7 +22,7 @@ from rsauto.report.figures import panels
 from rsauto.report.interactive import interactive
 from rsauto.report.markdown import markdown
 from rsauto.report.panel import HeatMap, Panel
-from rsauto.report.ranks import rank_table
+from rsauto.report.ranks import packing_note, rank_table
 from rsauto.report.table import Study, load_study
 from rsauto.report.verdict import Verdict, judge
 
@@ -92,6 +92,7 @@ def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | He
         outcomes=sorted(Counter(record.outcome for record in study.records).items()),
         errors=[(r.number, r.outcome, r.error) for r in study.records if r.error],
         ranks=ranks,
+        packing=packing_note(study.records),
         trials=trial_grid(study.trials, verdict.objective),
         panels=shown,
         figures=_script_json({panel.key: interactive(panel).to_plotly_json() for panel in shown}),

@@ -24,7 +24,7 @@ def predictions_panel(trials: pd.DataFrame) -> Panel | None:
     return Panel(
         key="predictions",
         title="What was predicted: measured against predicted peak memory",
-        caption=f"{len(rows)} trials: the measured peak is {shares.min():.1%} to "
+        caption=f"{len(rows)} trials that ran alone: the measured peak is {shares.min():.1%} to "
         f"{shares.max():.1%} of the predicted one. A trial that met no batch of the longest rows "
         "needs less than predicted. Above the line, more was needed.",
         x_label=f"predicted peak ({unit})",

@@ -12,6 +12,7 @@ from rsauto.report.noise import configurations, full_runs
 from rsauto.report.pareto import fits
 from rsauto.report.table import is_refit, needed_bytes, table
 from rsauto.report.verdict import Verdict
+from rsauto.units import ABSENT
 
 RANK_COLUMNS = {
     "method": "string",
@@ -37,7 +38,9 @@ RANK_COLUMNS = {
 }
 """Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
 best_single the best single trial; the settings and costs are those of that configuration, and r_max
-is the largest rank of any of its modules, which a server must allow."""
+is the largest rank of any of its modules, which a server must allow. measured_peak_bytes and
+train_seconds are of trials that ran alone: those of that configuration, else others of the row that
+cost the same; NA where none did."""
 
 _COSTS = (
     "smallest_budget_bytes",
@@ -48,6 +51,8 @@ _COSTS = (
     "train_seconds",
     "flops",
 )
+
+_MEASURED = ("measured_peak_bytes", "train_seconds")
 
 
 def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame:
@@ -65,6 +70,19 @@ def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame
         for _, group in trials.groupby(["rank", "method", "refit"], sort=True, observed=True)
     ]
     return pd.DataFrame(rows, columns=list(RANK_COLUMNS)).astype(RANK_COLUMNS)
+
+
+def packing_note(records: Sequence[TrialRecord]) -> str | None:
+    """What memory and time mean in a study of which trials shared packs; None where none did."""
+    packed = [record for record in records if record.engine == "packed"]
+    if not packed:
+        return None
+    most = max(record.pack_size or 1 for record in packed)
+    return (
+        f"{len(packed)} of {len(records)} trials were trained in packs, up to {most} together; "
+        "such a trial has no peak or time of its own. Measured peaks and times are of trials that "
+        f"ran alone, {ABSENT} where none of a rank did; predictions are of a trial alone."
+    )
 
 
 def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
@@ -86,9 +104,26 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
     best = rows.sort_values(verdict.objective, ascending=verdict.minimize, kind="stable").iloc[0]
     single = runs[verdict.objective]
     row |= {name: best[name] for name in ("r_max", "num_seeds", "alpha", "learning_rate", *_COSTS)}
+    row |= _measured_alone(best, runs)
     return row | {
         "objective": best[verdict.objective],
         "best_single": single.min() if verdict.minimize else single.max(),
+    }
+
+
+def _measured_alone(best: pd.Series[Any], runs: pd.DataFrame) -> dict[str, Any]:
+    """Peak and time of a configuration that was only trained in packs, by trials of its rank that
+    ran alone, on the same layers and in the same micro-batches: what they cost does not depend on
+    learning rate or alpha. Empty where it ran alone itself."""
+    if best[list(_MEASURED)].notna().any():
+        return {}
+    alike = runs
+    for name in ("target_modules", "micro_batch_size"):
+        alike = alike[alike[name].isin([best[name]])]
+    peak, seconds = (alike[name].dropna() for name in _MEASURED)
+    return {
+        "measured_peak_bytes": peak.max() if len(peak) else pd.NA,
+        "train_seconds": seconds.mean() if len(seconds) else pd.NA,
     }
 
 

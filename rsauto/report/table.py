@@ -48,6 +48,7 @@ COLUMNS: Mapping[str, str] = {
     "max_grad_norm": "Float64",
     "batch_size": "Int64",
     "micro_batch_size": "Int64",
+    "product_order": "string",
     "max_length": "Int64",
     "seed": "Int64",
     "steps": "Int64",

@@ -23,8 +23,9 @@ def allowance_after(records: Iterable[TrialRecord], outside_bytes: int) -> Allow
 
     A trial that needed more than predicted asks for the excess. One that ran out of memory would
     not have been started with an allowance that fills the budget it ran under: whatever needs as
-    much is not tried again under that budget. `outside_bytes` is what CUDA keeps outside of the
-    allocator.
+    much is not tried again under that budget. A pack that ran out says nothing about what one of
+    its trials needs alone, which is what is predicted. `outside_bytes` is what CUDA keeps outside
+    of the allocator.
     """
     largest = Allowance()
     for record in records:
@@ -38,7 +39,7 @@ def _asked_by(record: TrialRecord, outside_bytes: int) -> Allowance | None:
     measured, predicted = record.measured_peak_bytes, record.predicted_peak_bytes
     reserved = record.predicted_reserved_bytes or predicted
     budget = record.memory_budget_bytes
-    if record.outcome == "oom" and reserved and budget:
+    if record.outcome == "oom" and record.engine != "packed" and reserved and budget:
         share = _rounded_up((budget - outside_bytes) / reserved - 1)
         return Allowance(share, f"trial {record.number} ran out of memory")
     if record.outcome != "infeasible" and measured and predicted and measured > predicted:

@@ -75,6 +75,13 @@ def _memory(seen: Seen) -> Iterator[Setting]:
         seen.wishes.memory_budget,
         f"No trial may need more. A size such as 24GiB; auto is what is {auto}{here}.",
     )
+    if seen.wishes.memory_budget != "auto":
+        yield Setting(
+            "pack_memory_budget",
+            "auto",
+            f"Trials trained together stay within memory_budget; auto gives them what is {auto}.",
+            is_active=False,
+        )
 
 
 def _model(seen: Seen) -> Iterator[Setting]:
@@ -242,6 +249,12 @@ def _search(seen: Seen) -> Iterator[Setting]:
     yield Setting("search.seeds", 3, "Seeds that the finalists are compared on.")
     objective, reason = _objective(seen)
     yield Setting("search.objective", objective, reason)
+    yield Setting(
+        "packing.trials",
+        8,
+        "Most trials trained together, where that is faster; the search looks as far ahead. "
+        "1 trains and proposes them one by one.",
+    )
 
 
 def learning_rates(width: int) -> dict[str, float]:
