@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,16 @@ class Batch:
             token_type_ids=None if types is None else types.to(device),
         )
 
+    def rows(self, indices: Tensor) -> Batch:
+        """Some of the sequences, in another order or several times."""
+        types = self.token_type_ids
+        return Batch(
+            input_ids=self.input_ids[indices],
+            attention_mask=self.attention_mask[indices],
+            labels=self.labels[indices],
+            token_type_ids=None if types is None else types[indices],
+        )
+
     def inputs(self) -> dict[str, Tensor]:
         """What the model is called with."""
         named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -48,34 +58,31 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     if not examples:
         raise ValueError("collate needs at least one example")
     length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    token_type_ids = torch.zeros_like(input_ids)
-    for row, example in enumerate(examples):
-        tokens = torch.tensor(example.input_ids, dtype=torch.int64)
-        end = len(tokens)
-        input_ids[row, :end] = tokens
-        attention_mask[row, :end] = 1
-        labels[row, :end] = tokens.where(counted(example), IGNORED)
-        if example.token_type_ids is not None:
-            token_type_ids[row, :end] = torch.tensor(example.token_type_ids)
+
+    def padded(rows: Iterable[Sequence[int]], filling: int) -> Tensor:
+        """(b, t), made at once: a tensor of each row would cost more than the copying."""
+        return torch.tensor([[*row, *[filling] * (length - len(row))] for row in rows])
+
     if examples[0].label is not None:
         labels = torch.tensor([example.label for example in examples])
-    has_types = examples[0].token_type_ids is not None
+    else:
+        labels = padded(map(_labels, examples), IGNORED)
+    types = [example.token_type_ids for example in examples]
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        input_ids=padded((example.input_ids for example in examples), pad_token_id),
+        attention_mask=padded(([1] * len(example.input_ids) for example in examples), 0),
         labels=labels,
-        token_type_ids=token_type_ids if has_types else None,
+        token_type_ids=None if types[0] is None else padded((t or () for t in types), 0),
     )
 
 
-def counted(example: Example) -> Tensor:
-    """(t,), boolean: which tokens the loss of language modelling counts."""
+def _labels(example: Example) -> list[int]:
+    """The tokens that the loss of language modelling counts, IGNORED in the place of others."""
     if example.mask is not None:
-        return torch.tensor(list(example.mask), dtype=torch.bool)
-    return torch.arange(len(example.input_ids)) >= example.num_prompt_tokens
+        flags: Sequence[object] = example.mask
+        return [i if c else IGNORED for i, c in zip(example.input_ids, flags, strict=True)]
+    num_prompt = min(example.num_prompt_tokens, len(example.input_ids))
+    return [IGNORED] * num_prompt + list(example.input_ids[num_prompt:])
 
 
 def padded_tokens(examples: Sequence[Example]) -> int:

@@ -24,14 +24,15 @@ from torch.profiler import ProfilerActivity, profile
 class PeakMeter:
     """Measures one trial, from its construction on. `optimizer` is the one that trains `model`.
 
-    `kept` gives what else is kept from step to step, such as AdaLoRA's importance.
+    `kept` gives what else is kept from step to step, such as AdaLoRA's importance, or all that a
+    pack of trials keeps, which has no optimizer.
     """
 
     def __init__(
         self,
         device: torch.device,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         kept: Callable[[], Iterator[Tensor]] | None = None,
     ) -> None:
         self._device = device
@@ -78,7 +79,8 @@ class PeakMeter:
                 yield parameter.grad
         yield from self._model.buffers()
         yield from _quantisation_scales(self._model)
-        for value in chain.from_iterable(s.values() for s in self._optimizer.state.values()):
+        states = {} if self._optimizer is None else self._optimizer.state
+        for value in chain.from_iterable(s.values() for s in states.values()):
             if isinstance(value, Tensor):
                 yield value
         if self._kept is not None:

@@ -31,7 +31,8 @@ from rsauto.memory.profile import OtherOperationsError, StepProfile, profile_fro
 
 LIBRARIES = ("torch", "transformers", "peft")
 TRACING_CODE = (
-    "memory", "adalora", "adapters", "training", "base.py", "architecture.py", "quantisation.py",
+    "memory", "adalora", "adapters", "packing", "training", "base.py", "architecture.py",
+    "quantisation.py",
 )  # fmt: skip
 
 KEPT_KINDS = 256

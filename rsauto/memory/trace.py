@@ -43,6 +43,7 @@ from rsauto.memory.methods import METHODS, adapt
 from rsauto.memory.profile import line
 from rsauto.memory.quantised import follow_bitsandbytes, stand_in_for_linears
 from rsauto.memory.recorder import StorageEvent, StorageRecorder
+from rsauto.memory.trace_pack import record_pack
 from rsauto.memory.traced_optimizers import planned_optimizer
 from rsauto.records import ADALORA_METHODS
 from rsauto.training.flops import linear_weights
@@ -121,11 +122,13 @@ def _trace(model: PeftModel, kind: StepKind, size: StepSize) -> tuple[StorageEve
             stack.enter_context(attention_of_cuda(kind.attn_implementation == "flash_attention_2"))
         stack.enter_context(_masks_are_read())
         _replace_meta_tensors(model)
-        return record_step(
+        record = record_step if kind.pack_size == 1 else record_pack
+        rows = kind.pack_size * size.micro_batch_size
+        return record(
             model,
             kind,
-            train_batch=_blank_batch(kind, size.micro_batch_size, size.train_length),
-            eval_batch=_blank_batch(kind, size.micro_batch_size, size.eval_length),
+            train_batch=_blank_batch(kind, rows, size.train_length),
+            eval_batch=_blank_batch(kind, rows, size.eval_length),
         )
 
 

@@ -222,7 +222,12 @@ def evaluate_all(
     if not data.general:
         return found
     general_loss = evaluate(model, data.general, pad_token_id=pad, **where).eval_loss
-    metrics = {**found.metrics, "general_loss": general_loss}
-    if untouched_general_loss is not None:
-        metrics["forgetting"] = general_loss - untouched_general_loss
+    return with_general_loss(found, general_loss, untouched_general_loss)
+
+
+def with_general_loss(found: Evaluation, loss: float, untouched: float | None) -> Evaluation:
+    """An evaluation with the loss on the general text, and its rise over the untouched model's."""
+    metrics = {**found.metrics, "general_loss": loss}
+    if untouched is not None:
+        metrics["forgetting"] = loss - untouched
     return replace(found, metrics=metrics)

@@ -38,9 +38,26 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def cross_entropy_of_trials(logits: Tensor, labels: Tensor, num_trials: int) -> Tensor:
+    """`summed_cross_entropy` of every trial, (K,), whose rows lie side by side in the batch."""
+    each = F.cross_entropy(
+        logits.float().flatten(0, -2),
+        targets_of(labels).flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    return each.view(num_trials, -1).sum(dim=1)
+
+
 def count_targets(labels: Tensor) -> int:
     """Number of tokens, or sequences, that count in `summed_cross_entropy`."""
     return int((targets_of(labels) != IGNORED).sum())
+
+
+def count_targets_of_trials(labels: Tensor, num_trials: int) -> list[int]:
+    """`count_targets` of every trial, whose rows lie side by side in the batch."""
+    counts: list[int] = (targets_of(labels) != IGNORED).view(num_trials, -1).sum(dim=1).tolist()
+    return counts
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class Trial:
                     self.curve.append(point.evaluation)
                 yield point
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # Its text only: whoever keeps this error need not keep a driver's traceback.
             raise OutOfMemory(str(error).split("\n")[0]) from None
@@ -169,12 +169,17 @@ class Trial:
         return 0 if self.last is None else self.last.tokens
 
     def _put_on_adapter(self) -> PeftModel:
-        torch.manual_seed(self.spec.seed)
-        initialise_head(self.bench.model, self.bench.fresh_parameters)
-        add = add_adapter if self.spec.allocation is None else add_adalora
-        self._adapted = add(self.bench.model, self.spec)
+        self._adapted = put_on_adapter(self.bench, self.spec)
         self._adapted.to(self.bench.device)
         return self._adapted
+
+
+def put_on_adapter(bench: Bench, spec: TrialSpec) -> PeftModel:
+    """The bench's model with the spec's adapter as training begins, drawn from the spec's seed."""
+    torch.manual_seed(spec.seed)
+    initialise_head(bench.model, bench.fresh_parameters)
+    add = add_adapter if spec.allocation is None else add_adalora
+    return add(bench.model, spec)
 
 
 def untouched(bench: Bench, batch_size: int) -> Evaluation:
@@ -188,5 +193,6 @@ def untouched(bench: Bench, batch_size: int) -> Evaluation:
         ) from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no room, in the words of whichever allocator."""
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))

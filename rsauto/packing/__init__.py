@@ -1,0 +1,1 @@
+"""The tensors of several trials side by side, over one frozen base. Knows no data and no search."""
