@@ -26,9 +26,11 @@ from rsauto.search.agenda import (
     reference_trial,
     seed_trials,
 )
+from rsauto.search.books import Books
 from rsauto.search.driver import StudyRun
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
+from rsauto.search.packs import Entrant
 from rsauto.search.space import Space
 from rsauto.study_file import validate
 
@@ -60,26 +62,33 @@ class SyntheticRun(StudyRun):
 
     def __init__(self, space: Space, record_of: Records, outcome: Outcome) -> None:
         self.config = space.config
-        self.setup = SimpleNamespace(  # type: ignore[assignment]
+        self.ledger = Ledger.open(InMemoryStorage(), space.config)
+        setup = SimpleNamespace(
+            config=space.config,
             space=space,
             memory_budget_bytes=2**30,
             smallest_prediction=lambda spec: spec.rank,
             planner=SimpleNamespace(needed_bytes=lambda rank: 2**20 * rank),
         )
-        self.objective = Objective("eval_loss", minimize=True, untouched=9.0)
-        self.ledger = Ledger.open(InMemoryStorage(), space.config)
+        self.books = Books(setup, None, self.ledger, None)  # type: ignore[arg-type]
+        self.books.objective = Objective("eval_loss", minimize=True, untouched=9.0)
         self.record_of, self.outcome = record_of, outcome
 
     def run(self) -> list[tuple[TrialSpec, TrialRecord]]:
         while num_settled(self.ledger.settled()) < self.config.search.trials:
-            begun = self.ledger.begin(self._next_spec)
+            begun = self._begin(self._propose)
             if begun is None:
                 break
-            trial, spec = begun
-            assert trial.number < 200, "the study does not end"
-            outcome = self.outcome(spec, trial.number)
-            self._settle(trial, self.record_of(spec, trial.number, bowl(spec), outcome))
+            assert begun.trial.number < 200, "the study does not end"
+            self.end(begun)
         return self.ledger.settled()
+
+    def end(self, begun: Entrant) -> None:
+        number = begun.trial.number
+        outcome = self.outcome(begun.spec, number)
+        self.books.settle(
+            begun.trial, self.record_of(begun.spec, number, bowl(begun.spec), outcome)
+        )
 
 
 def always_complete(spec: TrialSpec, number: int) -> str:

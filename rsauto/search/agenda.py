@@ -15,9 +15,9 @@ from dataclasses import replace
 from rsauto.choices import RateRange
 from rsauto.config import SearchConfig, StudyConfig
 from rsauto.records import ADALORA_METHODS, SETTLED_OUTCOMES, Method, TrialRecord, TrialSpec
+from rsauto.search.history import History, Settled
 from rsauto.search.space import Space
 
-Settled = Sequence[tuple[TrialSpec, TrialRecord]]
 Objective = Callable[[TrialRecord], float | None]
 
 MAX_TUNING_TRIALS = 6
@@ -30,6 +30,16 @@ MAX_FINALISTS = 3
 def num_settled(settled: Settled) -> int:
     """Trials that count: refusals by the planner are free."""
     return sum(record.outcome in SETTLED_OUTCOMES for _, record in settled)
+
+
+def num_begun(history: History) -> int:
+    """Trials that count or will, those that run or wait included."""
+    return num_settled(history.settled) + history.num_unsettled
+
+
+def has_searched(settled: Settled) -> bool:
+    """Whether any search trial has been run."""
+    return any(r.role == "search" and r.outcome in SETTLED_OUTCOMES for _, r in settled)
 
 
 def reference_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:
@@ -82,7 +92,9 @@ def next_rate(tried: dict[float, float | None], low: float, high: float) -> floa
     return None
 
 
-def opening_trial(space: Space, settled: Settled) -> TrialSpec | None:
+def opening_trial(
+    space: Space, settled: Settled, pending: Sequence[TrialSpec] = ()
+) -> TrialSpec | None:
     """The next trial of the opening: every rank with every method, in the middle of the space.
 
     So the report can say of every rank what it costs and buys, and the sampler starts from an even
@@ -95,11 +107,20 @@ def opening_trial(space: Space, settled: Settled) -> TrialSpec | None:
         methods = methods[:1]
     if search.sampler != "tpe" or len(space.ranks) > most:
         return None
-    tried = {(spec.rank, spec.method) for spec, record in settled if record.role == "search"}
+    begun = [*(spec for spec, _ in settled), *pending]
+    tried = {(spec.rank, spec.method) for spec in begun if spec.role == "search"}
     for rank, method in itertools.product(space.ranks, methods):
         if (rank, method) not in tried:
             return space.middle(rank, method)
     return None
+
+
+def opening(space: Space) -> list[TrialSpec]:
+    """All trials of the opening; where there is none, the middle of the space at every rank."""
+    found: list[TrialSpec] = []
+    while (spec := opening_trial(space, (), found)) is not None:
+        found.append(spec)
+    return found or [space.middle(rank) for rank in space.ranks]
 
 
 def refit_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:

@@ -5,64 +5,55 @@ from __future__ import annotations
 import errno
 import gc
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import optuna
 import torch
-from optuna.trial import TrialState
 
 from rsauto.adapters.head import initialise_head
 from rsauto.config import StudyConfig
 from rsauto.data import fingerprint
 from rsauto.environment import describe_environment
 from rsauto.errors import AllTrialsFailedError, StudyInterrupted
-from rsauto.records import Outcome, TrialRecord, TrialSpec
-from rsauto.report.page import write_report
+from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search import pack_memory
 from rsauto.search.agenda import (
-    may_prune,
-    num_reserved,
+    has_searched,
     num_settled,
-    opening_trial,
-    reference_trial,
-    refit_trial,
-    seed_trials,
+    opening,
 )
 from rsauto.search.allowance import Allowance, allowance_after
+from rsauto.search.books import Books
 from rsauto.search.events import (
     AllowanceRaised,
     Event,
+    PackingDecided,
     Planned,
     Searching,
     Stage,
     StudyEnded,
     TrialSettled,
-    TrialStarted,
-    TrialStep,
 )
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import claim, require_nothing_lost
 from rsauto.search.ledger import Ledger, drop_stale_lock, open_storage
-from rsauto.search.objective import Objective, constraints
+from rsauto.search.objective import Objective
+from rsauto.search.pack_size import PackPlan, may_share, plan_packs
+from rsauto.search.packs import Entrant, PackRun
+from rsauto.search.proposals import next_spec
 from rsauto.search.publish import publish
-from rsauto.search.sampler import Attempt, propose
 from rsauto.search.setup import Objects, Setup, probes, set_up, with_allowance
-from rsauto.search.write_up import infeasible_record, trial_card, trial_record
+from rsauto.search.solo import run_alone
 from rsauto.stop import StopFlag
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.loop import Diverged
 from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
 
-KEPT_ADAPTERS = 6
-"""Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
-
 _DISK_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ENOENT,
 }  # fmt: skip
-
-Steps = Generator[Event, None, TrialRecord]
 
 
 def study_events(
@@ -104,10 +95,8 @@ class StudyRun:
         stop: StopFlag,
         begin: float,
     ) -> None:
-        self.setup = setup
         self.config = setup.config
         self.folder = folder
-        self.stop = stop
         self.begin = begin
         self.environment = folder.read_environment()
         self.num_failures = 0
@@ -115,6 +104,7 @@ class StudyRun:
         if storage is None:
             drop_stale_lock(folder.journal_file)
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), self.config)
+        self.books = Books(setup, folder, self.ledger, stop)
         fingerprints = {"model": setup.source.fingerprint, "data": setup.data.fingerprint}
         if setup.data.general:
             fingerprints["text of data.forgetting"] = fingerprint(setup.data.general)
@@ -125,10 +115,14 @@ class StudyRun:
         require_nothing_lost(folder, self.ledger)
         self.folder.write_config(self.config)
 
+    @property
+    def setup(self) -> Setup:
+        return self.books.setup
+
     def events(self) -> Iterator[Event]:
         """Everything from loading the model to the published adapters."""
         yield Stage("loading the model")
-        self._stop_if_asked()
+        self.books.stop_if_asked()
         bench = self._describe(self._bench())
         yield from self._raise_allowance()
         self._record_ranks_that_do_not_fit()
@@ -151,24 +145,123 @@ class StudyRun:
         yield StudyEnded(self.folder.path, time.monotonic() - self.begin, reason)
 
     def _run_trials(self, bench: Bench) -> Generator[Event, None, str]:
+        packs: PackPlan | None = None
+        put_back: set[int] = set()
         while True:
             self.folder.write_records(self.ledger.records())
-            self._stop_if_asked()
+            self.books.stop_if_asked()
             self._stop_if_failing()
-            if num_settled(self.ledger.settled()) >= self.config.search.trials:
-                return "every trial is done"
-            limit = self.config.search.max_seconds
-            if limit is not None and time.monotonic() - self.begin > limit:
-                return f"the time limit of {limit:g} seconds was reached"
-            if not self.setup.space.ranks:
-                return "no rank fits the memory budget any more"
-            begun = self.ledger.begin(self._next_spec)
+            reason = self._reason_to_end()
+            if reason is not None:
+                return reason
+            if packs is None and self._is_searching():
+                packs = self._plan_packs(bench)
+                yield PackingDecided(packs)
+            begun = self._begin(self._propose)
             if begun is None:
                 return "every point of the search space has been tried"
-            record = yield from self._run_trial(bench, *begun)
+            if packs is not None and self._joins(begun.spec, [], packs, put_back):
+                packs = yield from self._run_pack(bench, packs, begun, put_back)
+                continue
+            record = yield from run_alone(self.books, bench, begun.trial, begun.spec, begun.known)
             self.num_failures = self.num_failures + 1 if record.outcome == "failed" else 0
             yield TrialSettled(record, num_settled(self.ledger.settled()))
             yield from self._raise_allowance()
+
+    def _reason_to_end(self) -> str | None:
+        """Why no further trial is begun, None where one may be."""
+        if num_settled(self.ledger.settled()) >= self.config.search.trials:
+            return "every trial is done"
+        limit = self.config.search.max_seconds
+        if limit is not None and time.monotonic() - self.begin > limit:
+            return f"the time limit of {limit:g} seconds was reached"
+        if not self.setup.space.ranks:
+            return "no rank fits the memory budget any more"
+        return None
+
+    # ---------------------------------------------------------------- several at once
+
+    def _is_searching(self) -> bool:
+        """Whether a search trial is next, so that it must be known how many run at once."""
+        spec = self.ledger.waiting_spec() or self._propose()
+        return spec is not None and spec.role == "search"
+
+    def _plan_packs(self, bench: Bench) -> PackPlan:
+        """How many search trials run at once; how far proposals look ahead is then fixed."""
+        lookahead = self.ledger.lookahead
+        if lookahead is None and has_searched(self.ledger.settled()):
+            lookahead = 1  # of a study that was begun when every trial ran alone
+        if lookahead == 1:
+            reason = "this study was begun one by one"
+            plan = PackPlan(size=1, reason=reason)
+        else:
+            plan = plan_packs(self.setup, bench, opening(self.setup.space))
+        if self.ledger.lookahead is None:
+            self.ledger.set_lookahead(self.config.packing.trials if plan.size > 1 else 1)
+        return plan
+
+    def _joins(
+        self, spec: TrialSpec, others: list[TrialSpec], plan: PackPlan, put_back: set[int]
+    ) -> bool:
+        """Whether a trial may run with these others, or in a pack that it begins."""
+        return (
+            plan.size > 1
+            and spec.role == "search"
+            and spec.retry_of not in put_back
+            and may_share(spec, others)
+            and pack_memory.fits(self.setup, [*others, spec], plan.rows)
+        )
+
+    def _run_pack(
+        self, bench: Bench, plan: PackPlan, first: Entrant, put_back: set[int]
+    ) -> Generator[Event, None, PackPlan]:
+        """Runs a pack until it is empty; the plan for the next one."""
+
+        def next_entrant(specs: list[TrialSpec], running: list[int]) -> Entrant | None:
+            if self.books.stop.requested or self._reason_to_end() is not None:
+                return None
+
+            def propose() -> TrialSpec | None:
+                spec = self._propose(running)
+                if spec is None or not self._joins(spec, specs, plan, put_back):
+                    return None
+                return spec
+
+            waiting = self.ledger.waiting_spec()
+            if waiting is not None and not self._joins(waiting, specs, plan, put_back):
+                return None
+            return self._begin(propose)
+
+        run = PackRun(self.books, bench, plan, next_entrant, put_back)
+        yield from run.events(first)
+        if run.error is None:
+            return run.plan
+        stopped = PackPlan(size=1, reason=f"a pack failed: {run.error}")
+        yield PackingDecided(stopped)
+        return stopped
+
+    # ---------------------------------------------------------------- what is next
+
+    def _begin(self, propose: Callable[[], TrialSpec | None]) -> Entrant | None:
+        """Begins the next trial: one to be run again, or what ``propose`` has."""
+        begun = self.ledger.begin(propose)
+        if begun is None:
+            return None
+        history = self.ledger.history()
+        position = history.position_of(begun[0].number)
+        known = history.known_to(position, self.ledger.lookahead or 1)
+        return Entrant(*begun, known.settled)
+
+    def _propose(self, running: Sequence[int] = ()) -> TrialSpec | None:
+        """The next new trial; None where there is none, or it waits for one that is running."""
+        return next_spec(
+            self.config,
+            self.setup.space,
+            self.ledger.history(),
+            self.books.objective,
+            lookahead=self.ledger.lookahead or 1,
+            running=running,
+        )
 
     def _raise_allowance(self) -> Iterator[Event]:
         """Learns from trials that needed more memory than predicted, those of earlier runs too."""
@@ -177,126 +270,27 @@ class StudyRun:
         )
         if found.share > self.allowance.share:
             self.allowance = found
-            self.setup = with_allowance(self.setup, found.share)
+            self.books.setup = with_allowance(self.setup, found.share)
             yield AllowanceRaised(found, self.setup.space.ranks)
 
-    def _next_spec(self) -> TrialSpec | None:
-        """The next new trial, see `agenda`."""
-        settled, space = self.ledger.settled(), self.setup.space
-        reference = reference_trial(space, settled, self.objective.lower_is_better)
-        if reference is not None:
-            return reference
-        opening = opening_trial(space, settled)
-        if opening is not None:
-            return opening
-        refit = refit_trial(space, settled, self.objective.lower_is_better)
-        seeds = seed_trials(
-            space, settled, self.objective.lower_is_better, self.config.search.within
-        )
-        last = [refit, *seeds] if refit is not None else seeds
-        remaining = self.config.search.trials - num_settled(settled)
-        if last and remaining <= num_reserved(self.config):
-            return last[0]
-        # The sampler learns from settled trials, and keeps away from running ones.
-        attempts = [Attempt(s, r, self.objective.told(r)) for s, r in settled]
-        attempts += [Attempt(spec, None, None) for spec in self.ledger.unfinished_specs()]
-        found = propose(space, attempts, self.config)
-        return found or (last[0] if last else None)
-
-    def _run_trial(self, bench: Bench, trial: optuna.Trial, spec: TrialSpec) -> Steps:
-        prediction = self.setup.predict(spec)
-        if prediction is None:
-            return self._refuse(trial, spec)
-        spec = replace(spec, micro_batch_size=prediction.micro_batch_size)
-        yield TrialStarted(trial.number, spec, prediction)
-        with Trial(bench, spec) as run:
-            outcome, error = yield from self._train(trial, run)
-            record = trial_record(trial.number, run, spec, prediction, outcome, error)
-            if outcome == "complete":
-                record = self._save(run, record)
-            record = self._settle(trial, record)
-        self._keep_adapters()
-        return record
-
-    def _train(
-        self, trial: optuna.Trial, run: Trial
-    ) -> Generator[Event, None, tuple[Outcome, str | None]]:
-        """Runs the trial's steps; an error inside becomes its outcome."""
-        points = run.steps()
-        while True:
-            try:
-                point = next(points)
-            except StopIteration:
-                return "complete", None
-            except OutOfMemory as full:
-                return "oom", str(full)
-            except Diverged as diverged:
-                return "diverged", str(diverged)
-            except Exception as bug:  # one faulty trial must not end the study
-                return "failed", f"{type(bug).__name__}: {bug}"
-            yield TrialStep(trial.number, run.spec, point, run.measured_peak_bytes)
-            if self.stop.requested:
-                self.ledger.abandon(trial, replace(run.spec, micro_batch_size=None))
-                self._stop_if_asked()
-            if point.evaluation is not None:
-                trial.report(self.objective.value(point.evaluation), point.step)
-                settled = self.ledger.settled()
-                if may_prune(run.spec, point.step, settled) and trial.should_prune():
-                    return "pruned", None
-
-    def _save(self, run: Trial, record: TrialRecord) -> TrialRecord:
-        card = trial_card(self.config, self.setup.source.name, record, self.setup.data)
-        num_bytes = run.save(self.folder.adapter(record.number), card)
-        return replace(record, adapter_bytes=num_bytes)
-
-    def _refuse(self, trial: optuna.Trial, spec: TrialSpec) -> TrialRecord:
-        """Settles a trial that does not fit the budget, without starting it."""
-        smallest = self.setup.smallest_prediction(spec)
-        return self._settle(trial, infeasible_record(trial.number, spec, smallest))
-
-    def _settle(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
-        """Tells the ledger how the trial ended; returns the record as it stands there."""
-        spec = TrialSpec.from_json(trial.user_attrs["spec"])
-        smallest = self.setup.smallest_prediction(spec)
-        record = replace(
-            record,
-            memory_budget_bytes=self.setup.memory_budget_bytes,
-            smallest_budget_bytes=self.setup.planner.needed_bytes(smallest),
-        )
-        state = TrialState.COMPLETE
-        if record.outcome in ("pruned", "failed"):
-            state = TrialState.PRUNED if record.outcome == "pruned" else TrialState.FAIL
-        self.ledger.settle(
-            trial, record, value=self.objective.told(record), state=state,
-            constraints=constraints(record),
-        )  # fmt: skip
-        return record
-
-    def _keep_adapters(self) -> None:
-        """Keeps the adapters of the best trials so far, one of which may be the answer."""
-        ranked = sorted(
-            (value, record.number)
-            for _, record in self.ledger.settled()
-            if (value := self.objective.lower_is_better(record)) is not None
-        )
-        self.folder.keep_adapters([number for _, number in ranked[:KEPT_ADAPTERS]])
+    # ---------------------------------------------------------------- before and around them
 
     def _train_again(self, bench: Bench, record: TrialRecord) -> None:
         """Trains a settled configuration once more, to get back an adapter that was not kept."""
         spec = next(s for s, r in self.ledger.settled() if r.number == record.number)
-        spec = replace(spec, micro_batch_size=record.micro_batch_size)
+        size, order = record.micro_batch_size, record.product_order
+        spec = replace(spec, micro_batch_size=size, product_order=order)
         with Trial(bench, spec) as run:
             try:
                 for _ in run.steps():
-                    self._stop_if_asked()
+                    self.books.stop_if_asked()
             except (OutOfMemory, Diverged) as error:
                 raise StudyInterrupted(
                     f"The adapter of trial {record.number} is no longer there, and training it "
                     f"again failed: {error}. The records are complete; try the same command again."
                 ) from None
-            self._save(run, record)
-
-    # ---------------------------------------------------------------- before and around them
+            folder, card = self.books.place_of(record)
+            run.save(folder, card)
 
     def _bench(self) -> Bench:
         loaded = self.setup.load_model()
@@ -331,7 +325,7 @@ class StudyRun:
         )
         self.folder.write_environment(self.environment)
         baseline = Evaluation(**self.environment["baseline"])
-        self.objective = Objective.of(self.config.search, baseline)
+        self.books.objective = Objective.of(self.config.search, baseline)
         return replace(bench, untouched_general_loss=baseline.metrics.get("general_loss"))
 
     def _record_ranks_that_do_not_fit(self) -> None:
@@ -343,15 +337,7 @@ class StudyRun:
                 continue
             spec = probes(self.setup, rank)[0]
             trial, spec = self.ledger.begin_new(spec)
-            self._refuse(trial, spec)
-
-    def _stop_if_asked(self) -> None:
-        if self.stop.requested:
-            self._write_unfinished_report()
-            raise StudyInterrupted(
-                f"Stopped. {num_settled(self.ledger.settled())} trials are kept in "
-                f"{self.folder.path}; the same command continues."
-            )
+            self.books.refuse(trial, spec)
 
     def _stop_if_failing(self) -> None:
         """Failures of earlier runs do not count: what caused them may have been mended."""
@@ -359,15 +345,11 @@ class StudyRun:
         if self.num_failures < limit:
             return
         settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
-        self._write_unfinished_report()
+        self.books.write_unfinished_report()
         message = f"{limit} trials in a row failed, the last with: {settled[-1].error}."
         if all(r.outcome == "failed" for r in settled):
             raise AllTrialsFailedError(f"{message} No trial gave a result.")
         raise StudyInterrupted(f"{message} The same command continues after it is mended.")
-
-    def _write_unfinished_report(self) -> None:
-        self.folder.write_records(self.ledger.records())
-        write_report(self.folder.path)
 
 
 @contextmanager

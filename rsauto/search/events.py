@@ -8,6 +8,7 @@ from pathlib import Path
 from rsauto.memory.kinds import Prediction
 from rsauto.records import StepPoint, TrialRecord, TrialSpec
 from rsauto.search.allowance import Allowance
+from rsauto.search.pack_size import PackPlan
 from rsauto.search.setup import Setup
 
 
@@ -67,6 +68,21 @@ class AllowanceRaised:
 
 
 @dataclass(frozen=True)
+class PackingDecided:
+    """How search trials will be run."""
+
+    plan: PackPlan
+
+
+@dataclass(frozen=True)
+class PackShrank:
+    """The device had no room for as many trials at once."""
+
+    size: int
+    """How many it has room for."""
+
+
+@dataclass(frozen=True)
 class StudyEnded:
     """The folder is complete: records, report and adapters are written."""
 
@@ -84,5 +100,7 @@ Event = (
     | TrialStep
     | TrialSettled
     | AllowanceRaised
+    | PackingDecided
+    | PackShrank
     | StudyEnded
 )

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from rsauto.config import SearchConfig, StudyConfig
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.history import History, history_of
 from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
 
 MEMORY, DIVERGENCE = "memory", "divergence"
@@ -66,6 +67,38 @@ class Ledger:
             for trial in self.study.get_trials(deepcopy=False)
             if "record" in trial.user_attrs and trial.state.is_finished()
         ]
+
+    def history(self) -> History:
+        """Every trial that was begun, in the order of its first attempt."""
+        return history_of(
+            [
+                (
+                    trial.number,
+                    TrialSpec.from_json(trial.user_attrs["spec"]),
+                    TrialRecord.from_json(trial.user_attrs["record"])
+                    if "record" in trial.user_attrs and trial.state.is_finished()
+                    else None,
+                )
+                for trial in self.study.get_trials(deepcopy=False)
+                if "spec" in trial.user_attrs
+            ]
+        )
+
+    def waiting_spec(self) -> TrialSpec | None:
+        """Of the trial that `begin` would run again, None where there is none."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        specs = [t.user_attrs["spec"] for t in waiting if "spec" in t.user_attrs]
+        return TrialSpec.from_json(specs[0]) if specs else None
+
+    @property
+    def lookahead(self) -> int | None:
+        """How far proposals look ahead (see `history`), None before the first one."""
+        found: int | None = self.study.user_attrs.get("lookahead")
+        return found
+
+    def set_lookahead(self, lookahead: int) -> None:
+        """For good: a study continued elsewhere must ask what it would have asked here."""
+        self.study.set_user_attr("lookahead", lookahead)
 
     def unfinished_specs(self) -> list[TrialSpec]:
         """Specs of trials that are running somewhere or waiting to be run again."""

@@ -39,9 +39,10 @@ from rsauto.devices import card_of, outside_bytes
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
 from rsauto.memory.planner import MemoryPlanner, TrialSettings
+from rsauto.memory.product import mean_tokens, planned_order
 from rsauto.memory.profiles import Profiles
 from rsauto.quantisation import saved_bits
-from rsauto.records import AllocationSpec, TrialSpec
+from rsauto.records import AllocationSpec, ProductOrder, TrialSpec
 from rsauto.search.space import Space
 from rsauto.training.evaluate import FORGETTING_METRICS, METRICS
 from rsauto.units import bytes_text
@@ -73,15 +74,37 @@ class Setup:
     """Restricted to ranks that fit with at least one choice of layers."""
 
     def predict(self, spec: TrialSpec) -> Prediction | None:
-        """The trial at the largest micro-batch that fits the budget, None when none does."""
+        """The trial at the largest micro-batch that fits the budget, None when none does.
+
+        In the order of operations that takes fewer of them there, if that fits as well.
+        """
+        found = self.at_largest_micro_batch(spec)
+        if found is None or self._cheaper_order(spec, found.micro_batch_size) == "factors":
+            return found
+        merged = self.planner.predict(
+            spec.rank,
+            batch_size=spec.batch_size,
+            micro_batch_size=found.micro_batch_size,
+            **planned(spec) | {"product_order": "merged"},
+        )
+        fits = self.planner.needed_bytes(merged) <= self.memory_budget_bytes
+        return merged if fits and not merged.estimated else found
+
+    def at_largest_micro_batch(self, spec: TrialSpec) -> Prediction | None:
+        """`predict` in the plain order of operations, in which every method and dtype can run."""
         found = self.planner.largest_micro_batch(
             spec.init_rank or spec.rank,
             memory_budget_bytes=self.memory_budget_bytes,
             batch_size=spec.batch_size,
             micro_batch_size=self.config.training.micro_batch_size,
-            **_planned(spec),
+            **planned(spec),
         )
         return None if found is None else replace(found, rank=spec.rank)
+
+    def _cheaper_order(self, spec: TrialSpec, micro_batch_size: int) -> ProductOrder:
+        lengths = [len(example.input_ids) for example in self.data.train]
+        num_tokens = mean_tokens(lengths, spec.batch_size, micro_batch_size)
+        return planned_order(replace(self.planner.kind, **planned(spec)), spec.rank, num_tokens)
 
     def smallest_prediction(self, spec: TrialSpec) -> Prediction:
         """What the trial needs at the smallest micro-batch it may use."""
@@ -90,7 +113,7 @@ class Setup:
             spec.init_rank or spec.rank,
             batch_size=spec.batch_size,
             micro_batch_size=1 if micro == "auto" else micro,
-            **_planned(spec),
+            **planned(spec),
         )
         return replace(found, rank=spec.rank)
 
@@ -102,7 +125,7 @@ class Setup:
         return load_weights(self.source, self.config.model, self.device)
 
 
-def _planned(spec: TrialSpec) -> TrialSettings:
+def planned(spec: TrialSpec) -> TrialSettings:
     """What the memory of a trial depends on, beside its rank and batch. AdaLoRA needs most at its
     initial rank."""
     allocation = spec.allocation or AllocationSpec(tinit=0, tfinal=0)
@@ -198,6 +221,11 @@ def memory_budget_bytes(config: StudyConfig, device: torch.device) -> int:
     """The budget in bytes; 'auto' is the device's whole memory, on a CPU what is free now."""
     if config.memory_budget != "auto":
         return config.memory_budget
+    return device_bytes(device)
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a GPU; on a CPU what is free now."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().available)
@@ -208,7 +236,7 @@ def feasible_ranks(setup: Setup) -> tuple[int, ...]:
     fitting = tuple(
         rank
         for rank in setup.space.ranks
-        if any([setup.predict(spec) is not None for spec in probes(setup, rank)])
+        if any([setup.at_largest_micro_batch(spec) is not None for spec in probes(setup, rank)])
     )
     if not fitting:
         smallest = min(

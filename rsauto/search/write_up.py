@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from rsauto.config import StudyConfig
 from rsauto.data import TokenisedData
 from rsauto.memory.kinds import Prediction
-from rsauto.records import Outcome, TrialRecord, TrialSpec
+from rsauto.records import EvalPoint, Outcome, StepPoint, TrialRecord, TrialSpec
 from rsauto.scaling import gamma_r
+from rsauto.training.member import Member
 from rsauto.training.trial import Trial
 
 _FROM_SPEC = (
@@ -20,8 +23,20 @@ _FROM_SPEC = (
     "scaling_exponent", "init_scale", "target_modules", "learning_rate", "lr_ratio",
     "lambda_lr_ratio", "allocation", "head_learning_rate", "adapter_dtype", "quant_bits",
     "optimizer", "schedule", "warmup_share", "weight_decay", "max_grad_norm", "batch_size",
-    "micro_batch_size", "max_length", "num_evals", "seed", "retry_of",
+    "micro_batch_size", "product_order", "max_length", "num_evals", "seed", "retry_of",
 )  # fmt: skip
+
+
+class Run(Protocol):
+    """A trial that was trained, alone or in a pack."""
+
+    started_at: str
+    curve: list[EvalPoint]
+    last: StepPoint | None
+    flops: float
+
+    @property
+    def rank_pattern(self) -> dict[str, int] | None: ...
 
 
 def trial_record(
@@ -32,12 +47,48 @@ def trial_record(
     outcome: Outcome,
     error: str | None,
 ) -> TrialRecord:
-    """The record of a trial that was started, however it ended."""
+    """The record of a trial that ran alone, however it ended."""
+    record = _run_record(number, run, spec, prediction, outcome, error)
+    seconds = run.train_seconds
+    return replace(
+        record,
+        measured_peak_bytes=run.measured_peak_bytes,
+        train_seconds=seconds or None,
+        tokens_per_second=(record.tokens or 0) / seconds if seconds else None,
+    )
+
+
+def packed_record(
+    number: int,
+    member: Member,
+    prediction: Prediction,
+    outcome: Outcome,
+    error: str | None,
+    *,
+    pack_id: str,
+    pack_peak_bytes: int | None,
+) -> TrialRecord:
+    """The record of a trial of a pack, which has no peak and no clock of its own."""
+    return replace(
+        _run_record(number, member, member.spec, prediction, outcome, error),
+        engine="packed",
+        pack_id=pack_id,
+        pack_size=member.pack_size,
+        pack_peak_bytes=pack_peak_bytes,
+    )
+
+
+def _run_record(
+    number: int,
+    run: Run,
+    spec: TrialSpec,
+    prediction: Prediction,
+    outcome: Outcome,
+    error: str | None,
+) -> TrialRecord:
     last_point = run.curve[-1] if run.curve else None
     steps = run.last.step if run.last else 0
-    tokens = run.last.tokens if run.last else 0
     metrics = dict(last_point.metrics) if last_point else {}
-    seconds = run.train_seconds
     pattern = run.rank_pattern
     return TrialRecord(
         number=number,
@@ -47,7 +98,7 @@ def trial_record(
         r_max=max(pattern.values()) if pattern else spec.rank,
         rank_pattern=pattern,
         steps=steps,
-        tokens=tokens,
+        tokens=run.last.tokens if run.last else 0,
         fidelity=steps / spec.steps,
         eval_loss=last_point.eval_loss if last_point else None,
         perplexity=metrics.pop("perplexity", None),
@@ -57,9 +108,6 @@ def trial_record(
         flops=run.flops or None,
         predicted_peak_bytes=prediction.peak_bytes,
         predicted_reserved_bytes=prediction.reserved_bytes,
-        measured_peak_bytes=run.measured_peak_bytes,
-        train_seconds=seconds or None,
-        tokens_per_second=tokens / seconds if seconds else None,
         worker=f"{socket.gethostname()}:{os.getpid()}",
         started_at=run.started_at,
         error=error,

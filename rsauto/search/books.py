@@ -1,0 +1,100 @@
+"""What trials share however they are run: the ledger they are settled in, the folder, the stop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from rsauto.errors import StudyInterrupted
+from rsauto.memory.kinds import Prediction
+from rsauto.records import EvalPoint, TrialRecord, TrialSpec
+from rsauto.report.page import write_report
+from rsauto.search.agenda import num_settled
+from rsauto.search.folder import StudyFolder
+from rsauto.search.history import Settled
+from rsauto.search.ledger import Ledger
+from rsauto.search.objective import Objective, constraints
+from rsauto.search.pruning import gives_up
+from rsauto.search.setup import Setup
+from rsauto.search.write_up import infeasible_record, trial_card
+from rsauto.stop import StopFlag
+
+KEPT_ADAPTERS = 6
+"""Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
+
+
+class Books:
+    """Where the trials of one run of a study are written down."""
+
+    def __init__(self, setup: Setup, folder: StudyFolder, ledger: Ledger, stop: StopFlag) -> None:
+        self.setup = setup
+        """As it is now: what is predicted may grow while the study learns."""
+        self.folder = folder
+        self.ledger = ledger
+        self.stop = stop
+        self.objective: Objective
+        """Set once the untouched model has been measured."""
+
+    def report(
+        self, trial: optuna.Trial, spec: TrialSpec, curve: list[EvalPoint], known: Settled
+    ) -> bool:
+        """Tells Optuna the last point of a curve; whether the trial is to be given up."""
+        trial.report(self.objective.value(curve[-1]), curve[-1].step)
+        return gives_up(self.setup.config, self.objective, trial, spec, curve, known)
+
+    def refuse(self, trial: optuna.Trial, spec: TrialSpec) -> TrialRecord:
+        """Settles a trial that does not fit the budget, without starting it."""
+        smallest = self.setup.smallest_prediction(spec)
+        return self.settle(trial, infeasible_record(trial.number, spec, smallest))
+
+    def settle(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
+        """Tells the ledger how the trial ended; returns the record as it stands there."""
+        spec = TrialSpec.from_json(trial.user_attrs["spec"])
+        smallest: Prediction = self.setup.smallest_prediction(spec)
+        record = replace(
+            record,
+            memory_budget_bytes=self.setup.memory_budget_bytes,
+            smallest_budget_bytes=self.setup.planner.needed_bytes(smallest),
+        )
+        state = TrialState.COMPLETE
+        if record.outcome in ("pruned", "failed"):
+            state = TrialState.PRUNED if record.outcome == "pruned" else TrialState.FAIL
+        self.ledger.settle(
+            trial, record, value=self.objective.told(record), state=state,
+            constraints=constraints(record),
+        )  # fmt: skip
+        return record
+
+    def abandon(self, trial: optuna.Trial) -> None:
+        """Gives up a running trial without a result; it will be run again."""
+        self.ledger.abandon(trial, TrialSpec.from_json(trial.user_attrs["spec"]))
+
+    def place_of(self, record: TrialRecord) -> tuple[Path, str]:
+        """Folder and model card of a trial's adapter."""
+        card = trial_card(self.setup.config, self.setup.source.name, record, self.setup.data)
+        return self.folder.adapter(record.number), card
+
+    def keep_adapters(self) -> None:
+        """Keeps the adapters of the best trials so far, one of which may be the answer."""
+        ranked = sorted(
+            (value, record.number)
+            for record in self.ledger.records()
+            if (value := self.objective.lower_is_better(record)) is not None
+        )
+        self.folder.keep_adapters([number for _, number in ranked[:KEPT_ADAPTERS]])
+
+    def stop_if_asked(self) -> None:
+        """Raises StudyInterrupted once somebody has asked to stop."""
+        if self.stop.requested:
+            self.write_unfinished_report()
+            raise StudyInterrupted(
+                f"Stopped. {num_settled(self.ledger.settled())} trials are kept in "
+                f"{self.folder.path}; the same command continues."
+            )
+
+    def write_unfinished_report(self) -> None:
+        self.folder.write_records(self.ledger.records())
+        write_report(self.folder.path)

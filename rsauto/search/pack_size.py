@@ -1,0 +1,168 @@
+"""How many search trials are trained at once: what memory holds, and what a short probe finds fast.
+
+Nothing here changes a result; every number that is measured is one of time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
+
+import torch
+
+from rsauto.adapters.lora import remove_adapter
+from rsauto.adapters.optimizers import build_optimizer
+from rsauto.packing.layers import NotPackableError
+from rsauto.packing.optimizer import PackedOptimizer
+from rsauto.records import TrialSpec
+from rsauto.search import pack_memory
+from rsauto.search.setup import Setup
+from rsauto.training.loop import train
+from rsauto.training.packed import Pack
+from rsauto.training.trial import Bench, is_out_of_memory, put_on_adapter
+
+PROBED_STEPS = 3
+"""Of every size; the first is not counted."""
+
+LEAST_GAIN = 1.02
+"""How much faster than one by one a pack must be, and a larger pack than a smaller one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackPlan:
+    """How search trials are run."""
+
+    size: int
+    """Most trials at once; 1 runs them one by one."""
+    rows: int = 1
+    """Micro-batch of each."""
+    optimizer: PackedOptimizer = "adamw"
+    admission: Literal["elastic", "together"] = "elastic"
+    ratio: float | None = None
+    """Time one by one over time packed, as probed; None where it was not."""
+    reason: str = ""
+    """Why they run one by one; empty where they do not."""
+
+
+def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> PackPlan:
+    """The pack in which trials like ``specs`` run fastest; some steps of them are run to tell."""
+    reason = _reason_against(setup, bench, specs)
+    if reason:
+        return PackPlan(size=1, reason=reason)
+    rows = pack_memory.pack_rows(setup, specs)
+    size = pack_memory.pack_size(setup, specs, rows)
+    if size < 2:
+        return PackPlan(size=1, reason="the memory budget holds one trial at a time")
+    plan = PackPlan(
+        size=size,
+        rows=rows,
+        optimizer=cast(PackedOptimizer, specs[0].optimizer),
+        admission=setup.config.packing.admission,
+    )
+    try:
+        return _fastest(setup, bench, plan, specs)
+    except NotPackableError as error:
+        return PackPlan(size=1, reason=str(error))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return PackPlan(size=1, reason="the device had no room for two trials at once")
+
+
+def may_share(spec: TrialSpec, others: Sequence[TrialSpec]) -> bool:
+    """Whether a trial can join a pack of others: all but rank, rates and layers is shared."""
+    return not others or _kind(spec) == _kind(others[0])
+
+
+def _kind(spec: TrialSpec) -> object:
+    allocation = spec.allocation and replace(spec.allocation, tinit=0, tfinal=0)
+    return spec.optimizer, spec.batch_size, spec.adapter_dtype, allocation
+
+
+def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> str:
+    """Why trials cannot be packed at all; empty where they can."""
+    if setup.config.packing.mode == "off":
+        return "packing.mode is off"
+    if setup.config.packing.trials == 1:
+        return "packing.trials is 1"
+    if len(specs) < 2:
+        return "there are not two search trials to run"
+    if specs[0].optimizer not in get_args(PackedOptimizer):
+        return f"{specs[0].optimizer} is not packed; adamw and sgd are"
+    if len(set((getattr(bench.model, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is spread over several devices"
+    if any(
+        module.p > 0 for module in bench.model.modules() if isinstance(module, torch.nn.Dropout)
+    ):
+        return "dropout is on"
+    if specs[0].steps <= PROBED_STEPS:
+        return f"{specs[0].steps} steps are too few to find out what is faster"
+    return ""
+
+
+def _fastest(setup: Setup, bench: Bench, plan: PackPlan, specs: Sequence[TrialSpec]) -> PackPlan:
+    """The size with the least time a trial; one by one where no pack is faster."""
+    alone: dict[TrialSpec, float] = {}
+    best: tuple[float, int] = (1.0, 1)
+    for size in itertools.takewhile(
+        lambda n: n < 2 * plan.size, (2**k for k in itertools.count(1))
+    ):
+        size = min(size, plan.size)
+        some = list(itertools.islice(itertools.cycle(specs), size))
+        for spec in dict.fromkeys(some):
+            if spec not in alone:
+                alone[spec] = _seconds_alone(bench, _as_alone(setup, spec))
+        ratio = sum(alone[spec] for spec in some) / _seconds_packed(bench, plan, some)
+        if ratio < LEAST_GAIN * best[0]:
+            break
+        best = (ratio, size)
+    ratio, size = best
+    if size == 1:
+        return PackPlan(size=1, reason="a short probe found packs no faster than one by one")
+    return replace(plan, size=size, ratio=ratio)
+
+
+def _seconds_packed(bench: Bench, plan: PackPlan, specs: Sequence[TrialSpec]) -> float:
+    """Of one step of all of them together."""
+    with Pack(bench, optimizer=plan.optimizer, rows=plan.rows) as pack:
+        for spec in specs:
+            pack.admit(_probe(spec))
+        times = []
+        for _ in range(PROBED_STEPS):
+            advances = pack.advance()
+            times.append(sum(a.point.seconds for a in advances if a.point is not None))
+    return min(times[1:])
+
+
+def _as_alone(setup: Setup, spec: TrialSpec) -> TrialSpec:
+    """As it is run alone, in the micro-batch and order of operations that are best for it."""
+    prediction = setup.predict(spec)
+    assert prediction is not None, "only what fits is probed"
+    size, order = prediction.micro_batch_size, prediction.product_order
+    return replace(_probe(spec), micro_batch_size=size, product_order=order)
+
+
+def _seconds_alone(bench: Bench, spec: TrialSpec) -> float:
+    """Of one step of a trial that has the device for itself."""
+    adapted = put_on_adapter(bench, spec).to(bench.device)
+    try:
+        optimizer = build_optimizer(
+            adapted,
+            name=spec.optimizer,
+            learning_rate=spec.learning_rate,
+            lr_ratio=spec.lr_ratio,
+            head_learning_rate=spec.head_learning_rate,
+            lambda_lr_ratio=spec.lambda_lr_ratio,
+        )
+        points = train(adapted, optimizer, bench.data, spec, device=bench.device)
+        times = [point.seconds for point in itertools.islice(points, PROBED_STEPS)]
+    finally:
+        remove_adapter(adapted)
+    return min(times[1:])
+
+
+def _probe(spec: TrialSpec) -> TrialSpec:
+    """Without evaluations on the way."""
+    return replace(spec, num_evals=1)

@@ -1,0 +1,183 @@
+"""Search trials that share the device: several in one pass, a slot refilled as soon as it is free.
+
+What is decided here is only when a trial runs. What it is, and what it knows of others, does not
+depend on it (see `history`), and its result only by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+import optuna
+
+from rsauto.memory.kinds import Prediction
+from rsauto.records import Outcome, TrialRecord, TrialSpec
+from rsauto.search.agenda import num_settled
+from rsauto.search.books import Books
+from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
+from rsauto.search.history import Settled
+from rsauto.search.pack_size import PackPlan
+from rsauto.search.write_up import packed_record
+from rsauto.training.member import Advance, Member
+from rsauto.training.packed import Pack
+from rsauto.training.trial import Bench, OutOfMemory
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A trial that has been begun in the ledger."""
+
+    trial: optuna.Trial
+    spec: TrialSpec
+    known: Settled
+    """Of the others, what it is compared with."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A trial of the pack."""
+
+    entrant: Entrant
+    member: Member
+    prediction: Prediction
+    """Of the trial alone, which is what its rank costs."""
+
+    @property
+    def number(self) -> int:
+        return self.entrant.trial.number
+
+
+NextEntrant = Callable[[list[TrialSpec], list[int]], Entrant | None]
+"""Begins the next trial that may join those with these specs and numbers; None where none may."""
+
+Events = Generator[Event, None, None]
+
+
+class PackRun:
+    """One pack, from its first trial until it is empty."""
+
+    def __init__(
+        self,
+        books: Books,
+        bench: Bench,
+        plan: PackPlan,
+        next_entrant: NextEntrant,
+        put_back: set[int],
+    ) -> None:
+        """``put_back`` gathers the numbers of trials that were put back to be run alone."""
+        self.books = books
+        self.plan = plan
+        """How many, as out of memory has taught."""
+        self.error: str | None = None
+        """What ended the pack before its trials were done."""
+        self._next_entrant = next_entrant
+        self._put_back_numbers = put_back
+        self._pack = Pack(bench, optimizer=plan.optimizer, rows=plan.rows)
+        self._running: list[_Running] = []
+        self._id = ""
+
+    def events(self, first: Entrant) -> Events:
+        """Trains ``first`` and all that join it."""
+        self._id = f"pack-{first.trial.number}"
+        with self._pack:
+            yield from self._admit(first)
+            yield from self._fill()
+            while self._running:
+                try:
+                    advances = self._pack.advance()
+                except Exception as error:  # whose fault it is shows when each runs alone
+                    self.error = f"{type(error).__name__}: {error}"
+                    self._put_back(self._running)
+                    return
+                yield from self._shrink()
+                for advance in advances:
+                    yield from self._take(advance)
+                if self.books.stop.requested:
+                    for running in self._running:
+                        self.books.abandon(running.entrant.trial)
+                    self.books.stop_if_asked()
+                if self._is_open():
+                    yield from self._fill()
+
+    def _is_open(self) -> bool:
+        return self.plan.admission == "elastic" or not self._running
+
+    def _fill(self) -> Events:
+        """Lets in whoever is next, as long as there is room."""
+        while len(self._running) < self.plan.size and self._pack.has_room:
+            specs = [running.entrant.spec for running in self._running]
+            entrant = self._next_entrant(specs, [running.number for running in self._running])
+            if entrant is None:
+                return
+            yield from self._admit(entrant)
+
+    def _admit(self, entrant: Entrant) -> Events:
+        prediction = self.books.setup.predict(entrant.spec)
+        if prediction is None:
+            yield from self._settled(self.books.refuse(entrant.trial, entrant.spec))
+            return
+        try:
+            member = self._pack.admit(entrant.spec)
+        except OutOfMemory:
+            self._put_back_to_run_alone(entrant)
+            return
+        self._running.append(_Running(entrant, member, prediction))
+        yield TrialStarted(entrant.trial.number, member.spec, prediction)
+
+    def _take(self, advance: Advance) -> Events:
+        """What a step gave for one trial: goes on, or ends it."""
+        running = next(r for r in self._running if r.member is advance.member)
+        member, entrant = running.member, running.entrant
+        if isinstance(advance.error, OutOfMemory):
+            self._put_back([running])
+            return
+        if advance.error is not None:
+            yield from self._end(running, "diverged", str(advance.error))
+            return
+        assert advance.point is not None, "a step gives a point or an error"
+        yield TrialStep(running.number, member.spec, advance.point, None)
+        if member.is_finished:
+            yield from self._end(running, "complete")
+        elif advance.point.evaluation is not None:
+            if self.books.report(entrant.trial, member.spec, member.curve, entrant.known):
+                yield from self._end(running, "pruned")
+
+    def _end(self, running: _Running, outcome: Outcome, error: str | None = None) -> Events:
+        trial = running.entrant.trial
+        record = packed_record(
+            trial.number, running.member, running.prediction, outcome, error,
+            pack_id=self._id, pack_peak_bytes=self._pack.peak_bytes,
+        )  # fmt: skip
+        if outcome == "complete":
+            folder, card = self.books.place_of(record)
+            num_bytes = self._pack.save(running.member, folder, card)
+            record = replace(record, adapter_bytes=num_bytes)
+        self._leave(running)
+        record = self.books.settle(trial, record)
+        self.books.keep_adapters()
+        yield from self._settled(record)
+
+    def _settled(self, record: TrialRecord) -> Events:
+        self.books.folder.write_records(self.books.ledger.records())
+        yield TrialSettled(record, num_settled(self.books.ledger.settled()))
+
+    def _shrink(self) -> Events:
+        capacity = self._pack.capacity
+        if capacity is not None and capacity < self.plan.size:
+            self.plan = replace(self.plan, size=capacity)
+            yield PackShrank(capacity)
+
+    def _put_back(self, running: Sequence[_Running]) -> None:
+        """Trials that are to run alone, where whatever is wrong with them is their own."""
+        for one in list(running):
+            self._leave(one)
+            self._put_back_to_run_alone(one.entrant)
+
+    def _put_back_to_run_alone(self, entrant: Entrant) -> None:
+        self._put_back_numbers.add(entrant.trial.number)
+        self.books.abandon(entrant.trial)
+
+    def _leave(self, running: _Running) -> None:
+        self._pack.release(running.member)
+        self._running = [one for one in self._running if one is not running]

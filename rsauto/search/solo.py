@@ -1,0 +1,62 @@
+"""One trial that has the device for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+
+import optuna
+
+from rsauto.records import Outcome, TrialRecord, TrialSpec
+from rsauto.search.books import Books
+from rsauto.search.events import Event, TrialStarted, TrialStep
+from rsauto.search.history import Settled
+from rsauto.search.write_up import trial_record
+from rsauto.training.loop import Diverged
+from rsauto.training.trial import Bench, OutOfMemory, Trial
+
+
+def run_alone(
+    books: Books, bench: Bench, trial: optuna.Trial, spec: TrialSpec, known: Settled
+) -> Generator[Event, None, TrialRecord]:
+    """Trains and settles a trial; one that does not fit the budget is settled without."""
+    prediction = books.setup.predict(spec)
+    if prediction is None:
+        return books.refuse(trial, spec)
+    size, order = prediction.micro_batch_size, prediction.product_order
+    spec = replace(spec, micro_batch_size=size, product_order=order)
+    yield TrialStarted(trial.number, spec, prediction)
+    with Trial(bench, spec) as run:
+        outcome, error = yield from _train(books, trial, run, known)
+        record = trial_record(trial.number, run, spec, prediction, outcome, error)
+        if outcome == "complete":
+            folder, card = books.place_of(record)
+            record = replace(record, adapter_bytes=run.save(folder, card))
+        record = books.settle(trial, record)
+    books.keep_adapters()
+    return record
+
+
+def _train(
+    books: Books, trial: optuna.Trial, run: Trial, known: Settled
+) -> Generator[Event, None, tuple[Outcome, str | None]]:
+    """Runs the trial's steps; an error inside becomes its outcome."""
+    points = run.steps()
+    while True:
+        try:
+            point = next(points)
+        except StopIteration:
+            return "complete", None
+        except OutOfMemory as full:
+            return "oom", str(full)
+        except Diverged as diverged:
+            return "diverged", str(diverged)
+        except Exception as bug:  # one faulty trial must not end the study
+            return "failed", f"{type(bug).__name__}: {bug}"
+        yield TrialStep(trial.number, run.spec, point, run.measured_peak_bytes)
+        if books.stop.requested:
+            books.abandon(trial)
+            books.stop_if_asked()
+        if point.evaluation is not None:
+            if books.report(trial, run.spec, run.curve, known):
+                return "pruned", None
