@@ -296,10 +296,12 @@ class PackingSettings(Part):
     """auto: search trials are trained together wherever that is exact and faster; off: every trial
     runs alone."""
     trials: int = Field(8, ge=1, le=64)
-    """Most trials trained together. Where trials are, it is also how far the search looks ahead: a
-    trial is proposed from the results of those at least this many before it, so that what is
-    proposed does not depend on how many really ran at once. That is fixed when a study's search
-    begins; one that begins one by one proposes each trial from all before it."""
+    """Most trials trained together; fewer where a short probe finds that faster."""
+    lookahead: int | None = Field(None, ge=1)
+    """A trial is proposed from the results of those at least this many before it, so that what is
+    proposed does not depend on how many really run at once. null: as many as are trained together
+    when the search begins, which depends on the machine; a number asks the same on every one. More
+    leaves the sampler less to learn from."""
     admission: Literal["elastic", "together"] = "elastic"
     """elastic: the next trial takes a slot as soon as one is free. together: a pack is filled only
     once it is empty, so that all of its trials are at the same step and see the same minibatch."""
@@ -353,13 +355,13 @@ class StudyConfig(Part):
 RESUMABLE = frozenset(
     {
         "search.trials", "search.seeds", "search.rank", "search.max_seconds", "search.max_failures",
-        "packing.mode", "packing.admission", "pack_memory_budget",
+        "packing.mode", "packing.trials", "packing.admission", "pack_memory_budget",
     }
 )  # fmt: skip
 """Settings that may change when a study is continued; anything else would mix two studies.
 
-How many trials run at once changes their results by rounding alone, but packing.trials also says
-from which results a trial is proposed, so it stays."""
+How many trials run at once changes their results by rounding alone; from which results one is
+proposed is fixed when the search begins."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:

@@ -13,11 +13,16 @@ OPERATIONS_PER_LAYER = 10
 
 OVERHEAD_FLOPS = {"cpu": 8e5, "cuda": 1.6e8, "mps": 1.6e8}
 """Floating-point operations in the time that one takes whatever its size: about 8 microseconds, at
-100 GFLOP/s on two cores of a CPU, and at 20 TFLOP/s on a GPU's small products.
+100 GFLOP/s of a CPU, and at 20 TFLOP/s on a GPU's small products.
 
-Measured on a CPU, on one core: equal ranks in 2, 4 and 8 stacks instead of one cost 55 to 114
-microseconds for every further stack and layer, with Python, autograd, norms and optimizer; padding
-cost what products at 50 GFLOP/s take. Those of a GPU are no measurements."""
+Measured on one core of a CPU: equal ranks in 2, 4 and 8 stacks instead of one cost 55 to 114
+microseconds for every further stack and layer, with Python, autograd, norms and optimizer. Those
+of a GPU are no measurements."""
+
+STEP_TOKENS = 40
+"""Tokens whose products cost as much as a step does beside them: zeroing, norms, clipping and AdamW
+take about 3 nanoseconds for every number of A and B, which is 240 operations at 80 GFLOP/s, and a
+token takes 6. Measured on one core by what padding from 16 to 64 costs at 16 and at 64 tokens."""
 
 
 def buckets(
@@ -26,8 +31,8 @@ def buckets(
     """Indices of the trials of every stack, so that the step costs least; smallest ranks first.
 
     ``ranks`` are those of the trials, ``flops_per_rank`` what one rank of one trial costs in all
-    layers together. Neighbours in rank belong together, so the best cut is found exactly, by
-    dynamic programming.
+    layers together, its step included, see `STEP_TOKENS`. Neighbours in rank belong together, so
+    the best cut is found exactly, by dynamic programming.
     """
     order = sorted(range(len(ranks)), key=lambda index: ranks[index])
     overhead = OVERHEAD_FLOPS.get(device_type, OVERHEAD_FLOPS["cuda"])

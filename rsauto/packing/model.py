@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rsauto.adapters.low_rank import num_operations
 from rsauto.adapters.optimizers import GROUP_NAMES, GroupName
 from rsauto.packing.allocation import StackAllocation, importance_fields, way_of
-from rsauto.packing.buckets import buckets
+from rsauto.packing.buckets import STEP_TOKENS, buckets
 from rsauto.packing.layers import PackedHead, PackedLinear, Seating
 from rsauto.packing.optimizer import STATES, PackedOptimizer, step
 from rsauto.packing.stack import Stack, at_least_float32
@@ -203,7 +203,10 @@ class PackedModel:
             shapes = [self._shape(name) for name in dict.fromkeys(n for t in same for n in t.gamma)]
             cut = buckets(
                 [_rank(trial) for trial in same],
-                flops_per_rank=sum(num_operations("factors", tokens, *s, rank=1) for s in shapes),
+                flops_per_rank=sum(
+                    num_operations("factors", tokens + STEP_TOKENS, *shape, rank=1)
+                    for shape in shapes
+                ),
                 num_layers=len(shapes),
                 device_type=self.device.type,
             )

@@ -160,7 +160,7 @@ class StudyRun:
             begun = self._begin(self._propose)
             if begun is None:
                 return "every point of the search space has been tried"
-            if packs is not None and self._joins(begun.spec, [], packs, put_back):
+            if packs is not None and self._begins_pack(begun, packs, put_back):
                 packs = yield from self._run_pack(bench, packs, begun, put_back)
                 continue
             record = yield from run_alone(self.books, bench, begun.trial, begun.spec, begun.known)
@@ -188,16 +188,16 @@ class StudyRun:
 
     def _plan_packs(self, bench: Bench) -> PackPlan:
         """How many search trials run at once; how far proposals look ahead is then fixed."""
-        lookahead = self.ledger.lookahead
-        if lookahead is None and has_searched(self.ledger.settled()):
-            lookahead = 1  # of a study that was begun when every trial ran alone
-        if lookahead == 1:
-            reason = "this study was begun one by one"
-            plan = PackPlan(size=1, reason=reason)
+        asked, chosen = self.ledger.lookahead, self.config.packing
+        if asked is None and has_searched(self.ledger.settled()):
+            asked = 1  # of a study that was begun when every trial ran alone
+        if asked == 1:
+            plan = PackPlan(size=1, reason="the search of this study was begun one by one")
         else:
-            plan = plan_packs(self.setup, bench, opening(self.setup.space))
+            most = min(chosen.trials, asked or chosen.lookahead or chosen.trials)
+            plan = plan_packs(self.setup, bench, opening(self.setup.space), most)
         if self.ledger.lookahead is None:
-            self.ledger.set_lookahead(self.config.packing.trials if plan.size > 1 else 1)
+            self.ledger.set_lookahead(asked or chosen.lookahead or plan.size)
         return plan
 
     def _joins(
@@ -211,6 +211,13 @@ class StudyRun:
             and may_share(spec, others)
             and pack_memory.fits(self.setup, [*others, spec], plan.rows)
         )
+
+    def _begins_pack(self, first: Entrant, plan: PackPlan, put_back: set[int]) -> bool:
+        """Whether there is a second trial to run with this one now."""
+        if not self._joins(first.spec, [], plan, put_back):
+            return False
+        second = self.ledger.waiting_spec() or self._propose([first.trial.number])
+        return second is not None and self._joins(second, [first.spec], plan, put_back)
 
     def _run_pack(
         self, bench: Bench, plan: PackPlan, first: Entrant, put_back: set[int]

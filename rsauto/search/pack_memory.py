@@ -38,11 +38,9 @@ def pack_rows(setup: Setup, specs: Sequence[TrialSpec]) -> int:
     return 1 if found is None else found.micro_batch_size
 
 
-def pack_size(setup: Setup, specs: Sequence[TrialSpec], rows: int) -> int:
-    """Most trials at once of those that are wanted: as many of the smallest ranks as fit."""
-    ordered = sorted(specs, key=lambda spec: spec.rank)
-    most = setup.config.packing.trials
-    cheapest = [ordered[0]] * most
+def pack_size(setup: Setup, specs: Sequence[TrialSpec], rows: int, most: int) -> int:
+    """How many of the smallest rank fit together, up to ``most``."""
+    cheapest = [min(specs, key=lambda spec: spec.rank)] * most
     return next((n for n in range(most, 1, -1) if fits(setup, cheapest[:n], rows)), 1)
 
 

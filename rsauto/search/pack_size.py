@@ -26,8 +26,9 @@ from rsauto.training.trial import Bench, is_out_of_memory, put_on_adapter
 PROBED_STEPS = 3
 """Of every size; the first is not counted."""
 
-LEAST_GAIN = 1.02
-"""How much faster than one by one a pack must be, and a larger pack than a smaller one."""
+LEAST_GAIN = 1.1
+"""How much faster than one by one a pack must be, and a larger pack than a smaller one: the more
+run at once, the less the sampler knows of when it proposes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +47,13 @@ class PackPlan:
     """Why they run one by one; empty where they do not."""
 
 
-def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> PackPlan:
-    """The pack in which trials like ``specs`` run fastest; some steps of them are run to tell."""
-    reason = _reason_against(setup, bench, specs)
+def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> PackPlan:
+    """The fastest pack of at most ``most`` trials like ``specs``; runs some steps to tell."""
+    reason = _reason_against(setup, bench, specs, most)
     if reason:
         return PackPlan(size=1, reason=reason)
     rows = pack_memory.pack_rows(setup, specs)
-    size = pack_memory.pack_size(setup, specs, rows)
+    size = pack_memory.pack_size(setup, specs, rows, most)
     if size < 2:
         return PackPlan(size=1, reason="the memory budget holds one trial at a time")
     plan = PackPlan(
@@ -81,12 +82,13 @@ def _kind(spec: TrialSpec) -> object:
     return spec.optimizer, spec.batch_size, spec.adapter_dtype, allocation
 
 
-def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> str:
+def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> str:
     """Why trials cannot be packed at all; empty where they can."""
     if setup.config.packing.mode == "off":
         return "packing.mode is off"
-    if setup.config.packing.trials == 1:
-        return "packing.trials is 1"
+    if most == 1:
+        name = "trials" if setup.config.packing.trials == 1 else "lookahead"
+        return f"packing.{name} is 1"
     if len(specs) < 2:
         return "there are not two search trials to run"
     if specs[0].optimizer not in get_args(PackedOptimizer):

@@ -97,11 +97,8 @@ class PackRun:
                     for running in self._running:
                         self.books.abandon(running.entrant.trial)
                     self.books.stop_if_asked()
-                if self._is_open():
+                if self._running and self.plan.admission == "elastic":
                     yield from self._fill()
-
-    def _is_open(self) -> bool:
-        return self.plan.admission == "elastic" or not self._running
 
     def _fill(self) -> Events:
         """Lets in whoever is next, as long as there is room."""

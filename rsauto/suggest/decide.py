@@ -252,8 +252,7 @@ def _search(seen: Seen) -> Iterator[Setting]:
     yield Setting(
         "packing.trials",
         8,
-        "Most trials trained together, where that is faster; the search looks as far ahead. "
-        "1 trains and proposes them one by one.",
+        "Most trials trained together, where a short probe finds that faster. 1: one by one.",
     )
 
 
