@@ -14,12 +14,12 @@ from rsauto.search.setup import Setup, device_bytes, planned
 
 
 def pack_budget_bytes(setup: Setup) -> int:
-    """Bytes of the device that packs may use, never less than one trial may."""
+    """Bytes that packs may use: a trial's unless more is allowed, never more than there is."""
     budget = setup.config.pack_memory_budget
-    if budget is None:
-        return setup.memory_budget_bytes
-    asked = device_bytes(setup.device) if budget == "auto" else budget
-    return max(asked, setup.memory_budget_bytes)
+    asked = setup.memory_budget_bytes
+    if budget is not None:
+        asked = max(asked, device_bytes(setup.device) if budget == "auto" else budget)
+    return min(asked, device_bytes(setup.device))
 
 
 def pack_rows(setup: Setup, specs: Sequence[TrialSpec]) -> int:

@@ -6,7 +6,7 @@ Nothing here changes a result; every number that is measured is one of time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -20,11 +20,15 @@ from rsauto.records import TrialSpec
 from rsauto.search import pack_memory
 from rsauto.search.setup import Setup
 from rsauto.training.loop import train
+from rsauto.training.member import Advance
 from rsauto.training.packed import Pack
 from rsauto.training.trial import Bench, is_out_of_memory, put_on_adapter
 
-PROBED_STEPS = 3
-"""Of every size; the first is not counted."""
+PROBED_STEPS = range(3, 11)
+"""Of every size, as many as PROBED_SECONDS allow; the first is not counted."""
+
+PROBED_SECONDS = 0.4
+"""The fastest step is what counts, so that others at the machine do not: short ones need many."""
 
 LEAST_GAIN = 1.1
 """How much faster than one by one a pack must be, and a larger pack than a smaller one: the more
@@ -99,7 +103,7 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most
         module.p > 0 for module in bench.model.modules() if isinstance(module, torch.nn.Dropout)
     ):
         return "dropout is on"
-    if specs[0].steps <= PROBED_STEPS:
+    if specs[0].steps <= PROBED_STEPS.start:
         return f"{specs[0].steps} steps are too few to find out what is faster"
     return ""
 
@@ -131,10 +135,21 @@ def _seconds_packed(bench: Bench, plan: PackPlan, specs: Sequence[TrialSpec]) ->
     with Pack(bench, optimizer=plan.optimizer, rows=plan.rows) as pack:
         for spec in specs:
             pack.admit(_probe(spec))
-        times = []
-        for _ in range(PROBED_STEPS):
-            advances = pack.advance()
-            times.append(sum(a.point.seconds for a in advances if a.point is not None))
+        return _fastest_of(map(_seconds_of, iter(pack.advance, None)), specs[0].steps)
+
+
+def _seconds_of(advances: Sequence[Advance]) -> float:
+    """Of a step of a whole pack."""
+    return sum(advance.point.seconds for advance in advances if advance.point is not None)
+
+
+def _fastest_of(seconds: Iterator[float], num_steps: int) -> float:
+    """The least of the times of some steps, without the first and without the trial's last."""
+    times: list[float] = []
+    for time in itertools.islice(seconds, min(num_steps - 1, PROBED_STEPS.stop - 1)):
+        times.append(time)
+        if len(times) >= PROBED_STEPS.start and sum(times) > PROBED_SECONDS:
+            break
     return min(times[1:])
 
 
@@ -159,10 +174,9 @@ def _seconds_alone(bench: Bench, spec: TrialSpec) -> float:
             lambda_lr_ratio=spec.lambda_lr_ratio,
         )
         points = train(adapted, optimizer, bench.data, spec, device=bench.device)
-        times = [point.seconds for point in itertools.islice(points, PROBED_STEPS)]
+        return _fastest_of((point.seconds for point in points), spec.steps)
     finally:
         remove_adapter(adapted)
-    return min(times[1:])
 
 
 def _probe(spec: TrialSpec) -> TrialSpec:
