@@ -299,9 +299,9 @@ class PackingSettings(Part):
     """Most trials trained together; fewer where a short probe finds that faster."""
     lookahead: int | None = Field(None, ge=1)
     """A trial is proposed from the results of those at least this many before it, so that what is
-    proposed does not depend on how many really run at once. null: as many as are trained together
-    when the search begins, which depends on the machine; a number asks the same on every one. More
-    leaves the sampler less to learn from."""
+    proposed does not depend on how many really run at once. null: as many as the study first trains
+    together, which depends on the machine; a number asks the same on every one. More leaves the
+    sampler less to learn from."""
     admission: Literal["elastic", "together"] = "elastic"
     """elastic: the next trial takes a slot as soon as one is free. together: a pack is filled only
     once it is empty, so that all of its trials are at the same step and see the same minibatch."""
@@ -361,7 +361,7 @@ RESUMABLE = frozenset(
 """Settings that may change when a study is continued; anything else would mix two studies.
 
 How many trials run at once changes their results by rounding alone; from which results one is
-proposed is fixed when the search begins."""
+proposed stays once some have run together."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:

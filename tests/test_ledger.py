@@ -266,3 +266,33 @@ def test_the_same_ledger_works_on_a_database(tmp_path: Path, record_of: Records)
         settle(ledger, trial, record_of(spec, trial.number))
     assert [r.rank for r in ledger.records()] == [4, 5]
     assert not (tmp_path / "unused").exists()
+
+
+def test_what_is_begun_is_what_was_asked_for_whoever_waits() -> None:
+    ledger = Ledger.open(InMemoryStorage(), config_of())
+    waiting = [ledger.begin_new(spec_of(rank)) for rank in (4, 8)]
+    for trial, spec in waiting:
+        ledger.abandon(trial, spec)
+    trial, spec = ledger.begin_new(spec_of(16))
+    assert TrialSpec.from_json(trial.user_attrs["spec"]) == spec == spec_of(16)
+    assert [s.rank for s in ledger.unfinished_specs()] == [4, 8, 16]
+    again = [ledger.begin(lambda: None) for _ in range(3)]
+    assert [None if found is None else found[1].rank for found in again] == [4, 8, None]
+
+
+def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = Ledger.open(InMemoryStorage(), config_of())
+    ledger.abandon(*ledger.begin_new(spec_of(4)))
+    real = ledger.study.ask
+
+    def too_late(**options: Any) -> optuna.Trial:
+        monkeypatch.setattr(ledger.study, "ask", real)
+        real(**options)  # by the other process
+        return real(**options)
+
+    monkeypatch.setattr(ledger.study, "ask", too_late)
+    found = ledger.begin(lambda: spec_of(32))
+    assert found is not None and found[1].rank == 32
+    assert all(trial.spec.rank in (4, 32) for trial in ledger.history().trials)

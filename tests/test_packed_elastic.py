@@ -344,3 +344,71 @@ def test_members_that_are_not_seated_are_saved_too(llama: LlamaForCausalLM, tmp_
         for number, member in enumerate(members):
             pack.save(member, tmp_path / str(number), "card")
             assert (tmp_path / str(number) / "adapter_model.safetensors").exists()
+
+
+def test_who_leaves_after_an_evaluation_in_parts_leaves_the_others_right(
+    llama: LlamaForCausalLM,
+) -> None:
+    """Only two at a time can be evaluated, and those that stay are the ones evaluated last."""
+    specs = [replace(s, steps=n) for s, n in zip(some(4), (2, 2, 6, 6), strict=True)]
+    expected = packed(bench_of(llama), specs)
+
+    def too_many(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not model.training and len(kwargs["input_ids"]) > 2 * 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = llama.register_forward_pre_hook(too_many, with_kwargs=True)
+    try:
+        got = packed(bench_of(llama), specs)
+    finally:
+        hook.remove()
+    for mine, other in zip(got, expected, strict=True):
+        assert mine.losses == pytest.approx(other.losses, abs=1e-5)
+
+
+def test_no_room_to_save_beside_the_others_is_made(
+    llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def full(bench: Any, spec: TrialSpec) -> Any:
+        if len(pack._model.trials) > 0:
+            calls.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return put_on_adapter(bench, spec)
+
+    with Pack(bench_of(llama), optimizer="adamw", rows=8) as pack:
+        members = [pack.admit(spec) for spec in some(2)]
+        pack.advance()
+        monkeypatch.setattr("rsauto.training.packed.put_on_adapter", full)
+        assert pack.save(members[0], tmp_path / "adapter", "") > 0
+        assert calls == [1]
+        assert all(advance.point is not None for advance in pack.advance())
+        monkeypatch.setattr(
+            "rsauto.training.packed.put_on_adapter",
+            lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")),
+        )
+        with pytest.raises(OutOfMemory):
+            pack.save(members[0], tmp_path / "adapter", "")
+
+
+def test_a_step_that_failed_in_the_middle_is_not_made_again(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "rsauto.packing.model.step",
+        lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")),
+    )
+    with Pack(bench_of(llama), optimizer="adamw", rows=8) as pack:
+        for spec in some(2):
+            pack.admit(spec)
+        with pytest.raises(RuntimeError, match="made in part"):
+            pack.advance()
+
+
+def test_a_finished_member_must_be_released(llama: LlamaForCausalLM) -> None:
+    with Pack(bench_of(llama), optimizer="adamw", rows=8) as pack:
+        pack.admit(some(1, steps=1)[0])
+        pack.advance()
+        with pytest.raises(ValueError, match="released"):
+            pack.advance()

@@ -292,3 +292,36 @@ def test_the_probe_leaves_the_model_as_it_was(
     monkeypatch.setattr(Trial, "steps", watched)
     run(config_of(values, search={"trials": 8}), tmp_path / "out")
     assert seen and all(names == seen[0] for names in seen)
+
+
+@pytest.mark.parametrize("method", [["rsadalora"], ["rslora", "adalora"]], ids=str)
+def test_adalora_runs_in_packs_too(
+    method: list[str], values: dict[str, Any], tmp_path: Path
+) -> None:
+    search = {"method": method, "rank": [4, 8], "learning_rate": [1e-3, 3e-3], "trials": 12}
+    config = config_of(values, search=search, training={"steps": 12}, packing={"trials": 4})
+    records = settled(run(config, tmp_path / "out"))
+    packed = {record.method for record in records if record.engine == "packed"}
+    assert packed == set(method)
+
+
+def test_packs_may_be_turned_on_later(values: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(config_of(values, packing={"mode": "off"}, search={"trials": 8}), out)
+    records = settled(run(config_of(values, packing={"trials": 4}), out))
+    assert "packed" in {record.engine for record in records}
+
+
+def test_a_model_that_fails_in_the_probe_runs_one_by_one(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("vmap: no batching rule")
+
+    monkeypatch.setattr(pack_size, "_seconds_packed", fail)
+    events: list[Event] = []
+    for event in study_events(config_of(values), tmp_path / "out"):
+        events.append(event)
+        if isinstance(event, PackingDecided):
+            break
+    assert "vmap: no batching rule" in plan_of(events).reason

@@ -135,7 +135,7 @@ class FusedLoraLinear(LoraLinear):
     product_order: ProductOrder = "factors"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = None if args or kwargs else self._only_adapter()
+        adapter = None if args or kwargs or _is_transformed() else self._only_adapter()
         if adapter is None or not self._is_plain(adapter, x):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
@@ -187,6 +187,17 @@ def fuse(model: nn.Module, order: ProductOrder) -> None:
         if type(layer) is LoraLinear:
             layer.__class__ = FusedLoraLinear
             layer.product_order = order  # type: ignore[assignment]
+
+
+def _is_transformed() -> bool:
+    """Whether functorch, forward-mode differentiation or hooks on every module want to look in."""
+    hooks = torch.nn.modules.module
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+    )
 
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)

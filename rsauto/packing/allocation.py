@@ -52,9 +52,9 @@ class StackAllocation:
             for config, trial in zip(self.configs, trials, strict=True)
         ]
         # On the host, so that nobody waits for the device to know them.
-        self.ranks = [trial.ranks for trial in trials]
+        self.ranks = [dict(trial.ranks) for trial in trials]
         """Active triplets of every layer, of every trial."""
-        self.num_alive = [trial.num_alive for trial in trials]
+        self.num_alive = [dict(trial.num_alive) for trial in trials]
         """Of every layer the triplets that are not gone for good."""
 
     @torch.no_grad()

@@ -80,6 +80,7 @@ class PackedModel:
             now = self.snapshot(trial)
             trial.fields, trial.gamma = now.fields, now.gamma
             trial.alive, trial.active = now.alive, now.active
+            trial.ranks, trial.num_alive = now.ranks, now.num_alive
         self._clear()
 
     def snapshot(self, trial: TrialTensors) -> TrialTensors:
@@ -89,8 +90,11 @@ class PackedModel:
             return trial
         index, row = seat
         stack, allocation = self.seating.stacks[index], self._allocations[index]
-        alive, active = allocation.masks(row) if allocation is not None else ({}, {})
-        return TrialTensors(stack.row(row), stack.gamma[row], trial.config, alive, active)
+        now = TrialTensors(stack.row(row), stack.gamma[row], trial.config)
+        if allocation is not None:
+            now.alive, now.active = allocation.masks(row)
+            now.ranks, now.num_alive = allocation.ranks[row], allocation.num_alive[row]
+        return now
 
     @contextmanager
     def without_layers(self) -> Iterator[PreTrainedModel]:
@@ -148,19 +152,22 @@ class PackedModel:
         """One optimizer step of every trial; then AdaLoRA places its rank."""
         for placing in filter(None, self._allocations):
             placing.add_orthogonality()  # needs memory, so before anything is changed
+        steps = [done + 1 for done in steps_done]
+        counts = torch.tensor(steps, dtype=torch.float32, device=self.device)
         begin = 0
-        for stack, allocation in zip(self.seating.stacks, self._allocations, strict=True):
-            rows = slice(begin, begin + stack.size)
-            begin += stack.size
-            step(
-                stack,
-                self.optimizer,
-                rates=rates[rows],
-                weight_decay=weight_decay[rows],
-                steps_done=steps_done[rows],
-            )
-            if allocation is not None:
-                _placed(allocation, [done + 1 for done in steps_done[rows]])
+        with _made_once():
+            for stack, allocation in zip(self.seating.stacks, self._allocations, strict=True):
+                rows = slice(begin, begin + stack.size)
+                begin += stack.size
+                step(
+                    stack,
+                    self.optimizer,
+                    rates=rates[rows],
+                    weight_decay=weight_decay[rows],
+                    counts=counts[rows],
+                )
+                if allocation is not None:
+                    allocation.after_step(steps[rows])
 
     def choose(self, trials: Sequence[TrialTensors] | None) -> None:
         """Lets only some trials take part in what follows, or all again."""
@@ -264,18 +271,22 @@ class PackedModel:
 
 
 def _kind(trial: TrialTensors) -> tuple[object, ...]:
-    """What trials must have in common to lie in one buffer and be stepped alike."""
+    """What trials must have in common to lie in one buffer and be stepped alike.
+
+    Those that adapt other layers would have room for both in it.
+    """
     dtype = next(tensor.dtype for key, tensor in trial.values.items() if key.name == "A")
-    return dtype, None if trial.config is None else way_of(trial.config)
+    return dtype, frozenset(trial.gamma), None if trial.config is None else way_of(trial.config)
 
 
 def _rank(trial: TrialTensors) -> int:
     return max(len(tensor) for key, tensor in trial.values.items() if key.name == "A")
 
 
-def _placed(allocation: StackAllocation, steps: Sequence[int]) -> None:
-    """Places ranks. Where that fails the step has been made, so it must not be tried once more."""
+@contextmanager
+def _made_once() -> Iterator[None]:
+    """Around what changes the trials: where it fails in the middle it must not be tried again."""
     try:
-        allocation.after_step(steps)
+        yield
     except RuntimeError as error:
-        raise RuntimeError(f"ranks could not be placed ({type(error).__name__})") from None
+        raise RuntimeError(f"a step was made in part ({type(error).__name__})") from None

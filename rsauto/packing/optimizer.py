@@ -30,11 +30,13 @@ def step(
     *,
     rates: Sequence[Mapping[GroupName, float]],
     weight_decay: Sequence[float],
-    steps_done: Sequence[int],
+    counts: Tensor,
 ) -> None:
-    """Steps row k of every group with ``rates[k]``; ``steps_done`` counts those before this one."""
+    """Steps row k of every group with ``rates[k]``.
+
+    ``counts``, (K,) float32 and on the device, are the steps of every trial, this one included.
+    """
     groups = {group: Rows(stack.groups[group], name) for group in stack.groups}
-    counts = torch.tensor(steps_done, dtype=torch.float32, device=stack.device) + 1
     for row, count in enumerate(counts.unbind()):
         by_rate: dict[tuple[float, torch.dtype], list[Rows]] = {}
         for group, rows in groups.items():

@@ -29,6 +29,11 @@ def require_rows(base: nn.Module, names: Collection[str], inputs: Mapping[str, T
     both = _seen(base, names, inputs)
     first = _seen(base, names, {name: tensor[:1] for name, tensor in inputs.items()})
     for name in names:
+        if not both[name]:
+            raise NotPackableError(
+                f"{name}: this layer is adapted, but a forward pass may leave it out, so trials "
+                "cannot share one. Train them one by one, or leave it out of target_modules."
+            )
         if not _begins_with(both[name], first[name]):
             raise NotPackableError(
                 f"{name}: what this layer is given is not one row of the batch after the other, so "

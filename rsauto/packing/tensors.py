@@ -49,19 +49,14 @@ class TrialTensors:
     active: dict[str, Tensor] = field(default_factory=dict)
     """AdaLoRA: (r,) boolean for every layer, True where lambda may differ from zero."""
 
+    ranks: dict[str, int] = field(default_factory=dict)
+    """AdaLoRA: active triplets of every layer."""
+    num_alive: dict[str, int] = field(default_factory=dict)
+    """AdaLoRA: triplets of every layer that are not gone for good."""
+
     @property
     def values(self) -> dict[Key, Tensor]:
         return self.fields["values"]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """AdaLoRA: active triplets of every layer."""
-        return {name: int(mask.sum()) for name, mask in self.active.items()}
-
-    @property
-    def num_alive(self) -> dict[str, int]:
-        """AdaLoRA: triplets of every layer that are not gone for good."""
-        return {name: int(mask.sum()) for name, mask in self.alive.items()}
 
     @property
     def num_adapter_weights(self) -> int:
@@ -102,6 +97,7 @@ def read(adapted: PeftModel) -> TrialTensors:
         if key.name == "E":
             everything = torch.ones(len(tensor), dtype=torch.bool)
             tensors.alive[key.module] = tensors.active[key.module] = everything
+            tensors.ranks[key.module] = tensors.num_alive[key.module] = len(tensor)
     return tensors
 
 

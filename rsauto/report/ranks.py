@@ -12,7 +12,6 @@ from rsauto.report.noise import configurations, full_runs
 from rsauto.report.pareto import fits
 from rsauto.report.table import is_refit, needed_bytes, table
 from rsauto.report.verdict import Verdict
-from rsauto.units import ABSENT
 
 RANK_COLUMNS = {
     "method": "string",
@@ -81,7 +80,7 @@ def packing_note(records: Sequence[TrialRecord]) -> str | None:
     return (
         f"{len(packed)} of {len(records)} trials were trained in packs, up to {most} together; "
         "such a trial has no peak or time of its own. Measured peaks and times are of trials that "
-        f"ran alone, {ABSENT} where none of a rank did; predictions are of a trial alone."
+        "ran alone, and missing where none of a rank did; predictions are of a trial alone."
     )
 
 

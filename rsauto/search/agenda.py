@@ -37,11 +37,6 @@ def num_begun(history: History) -> int:
     return num_settled(history.settled) + history.num_unsettled
 
 
-def has_searched(settled: Settled) -> bool:
-    """Whether any search trial has been run."""
-    return any(r.role == "search" and r.outcome in SETTLED_OUTCOMES for _, r in settled)
-
-
 def reference_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:
     """The next trial of the defaults, None when they are done.
 

@@ -20,7 +20,6 @@ from rsauto.errors import AllTrialsFailedError, StudyInterrupted
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import pack_memory
 from rsauto.search.agenda import (
-    has_searched,
     num_settled,
     opening,
 )
@@ -187,17 +186,17 @@ class StudyRun:
         return spec is not None and spec.role == "search"
 
     def _plan_packs(self, bench: Bench) -> PackPlan:
-        """How many search trials run at once; how far proposals look ahead is then fixed."""
+        """How many search trials run at once, and with it how far proposals look ahead.
+
+        Once some ran together that stays, so that a study continued on another machine asks the
+        same.
+        """
         asked, chosen = self.ledger.lookahead, self.config.packing
-        if asked is None and has_searched(self.ledger.settled()):
-            asked = 1  # of a study that was begun when every trial ran alone
-        if asked == 1:
-            plan = PackPlan(size=1, reason="the search of this study was begun one by one")
-        else:
-            most = min(chosen.trials, asked or chosen.lookahead or chosen.trials)
-            plan = plan_packs(self.setup, bench, opening(self.setup.space), most)
-        if self.ledger.lookahead is None:
-            self.ledger.set_lookahead(asked or chosen.lookahead or plan.size)
+        limit = chosen.lookahead or asked or chosen.trials
+        opening_trials = opening(self.setup.space)
+        plan = plan_packs(self.setup, bench, opening_trials, min(chosen.trials, limit))
+        if chosen.lookahead is not None or (asked is None and plan.size > 1):
+            self.ledger.set_lookahead(chosen.lookahead or plan.size)
         return plan
 
     def _joins(

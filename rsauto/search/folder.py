@@ -50,8 +50,8 @@ class StudyFolder:
             listed = "\n".join(f"  {line}" for line in changed)
             raise InputError(
                 f"--out {self.path}: holds a study with other settings:\n{listed}\n"
-                "search.trials, seeds, rank and time limits may change; for anything else "
-                "choose another --out or put the settings back."
+                "search.trials, seeds, rank, time limits and how trials are packed may change; for "
+                "anything else choose another --out or put the settings back."
             )
 
     @contextmanager

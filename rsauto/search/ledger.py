@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import psutil
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from rsauto.config import SearchConfig, StudyConfig
@@ -97,7 +98,7 @@ class Ledger:
         return found
 
     def set_lookahead(self, lookahead: int) -> None:
-        """For good: a study continued elsewhere must ask what it would have asked here."""
+        """A study continued elsewhere asks what it would have asked here."""
         self.study.set_user_attr("lookahead", lookahead)
 
     def unfinished_specs(self) -> list[TrialSpec]:
@@ -117,22 +118,42 @@ class Ledger:
 
         None when there is nothing to run again and ``propose`` has nothing more.
         """
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            spec = propose()
-            if spec is None:
-                return None
-            return self.begin_new(spec)
-        return self._ask()
+        again = self._begin_again()
+        if again is not None:
+            return again
+        spec = propose()
+        return None if spec is None else self.begin_new(spec)
 
     def begin_new(self, spec: TrialSpec) -> tuple[optuna.Trial, TrialSpec]:
-        """Starts a trial of ``spec``."""
-        self._enqueue(spec)
-        return self._ask()
+        """Starts a trial of ``spec``, whoever waits to be run again.
 
-    def _ask(self) -> tuple[optuna.Trial, TrialSpec]:
-        trial = self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
-        trial.set_user_attr("worker", this_worker())
-        return trial, TrialSpec.from_json(trial.user_attrs["spec"])
+        It is added as a running one. Optuna's own way, to enqueue it and to ask, would give the
+        oldest that waits, or leave it to another process.
+        """
+        token = uuid.uuid4().hex
+        attributes = {"spec": spec.to_json(), "worker": this_worker(), "token": token}
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=stored_params(spec),
+                distributions=dict(STORED_DISTRIBUTIONS),
+                user_attrs=attributes,
+            )
+        )
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        own = next(trial for trial in running if trial.user_attrs.get("token") == token)
+        return optuna.Trial(self.study, own._trial_id), spec
+
+    def _begin_again(self) -> tuple[optuna.Trial, TrialSpec] | None:
+        """The next trial that waits to be run again, None where there is none."""
+        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            trial = self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
+            if "spec" in trial.user_attrs:
+                trial.set_user_attr("worker", this_worker())
+                return trial, TrialSpec.from_json(trial.user_attrs["spec"])
+            # Another process has taken it meanwhile, and Optuna has made an empty one.
+            self.study.tell(trial, state=TrialState.FAIL)
+        return None
 
     def settle(
         self,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rsauto.adapters.low_rank import num_operations
 from rsauto.memory.product import adapted_shapes, mean_tokens
-from rsauto.packing.buckets import buckets
+from rsauto.packing.buckets import STEP_TOKENS, buckets
 from rsauto.records import TrialSpec
 from rsauto.search.setup import Setup, device_bytes, planned
 
@@ -67,12 +67,17 @@ def needed_bytes(setup: Setup, specs: Sequence[TrialSpec], rows: int, size: int)
     return sum(each) / len(each)
 
 
+def tokens_of(setup: Setup, batch_size: int, rows: int) -> int:
+    """Mean tokens of a trial's micro-batch, by which its stack is chosen, here and in the pack."""
+    lengths = [len(example.input_ids) for example in setup.data.train]
+    return mean_tokens(lengths, batch_size, rows)
+
+
 def _padded_ranks(setup: Setup, specs: Sequence[TrialSpec], rows: int) -> list[int]:
     """The rank that each trial has memory for: the largest of its stack."""
     ranks = [spec.init_rank or spec.rank for spec in specs]
     shapes = adapted_shapes(replace(setup.planner.kind, **planned(specs[0])))
-    lengths = [len(example.input_ids) for example in setup.data.train]
-    tokens = mean_tokens(lengths, specs[0].batch_size, rows)
+    tokens = tokens_of(setup, specs[0].batch_size, rows) + STEP_TOKENS
     stacks = buckets(
         ranks,
         flops_per_rank=sum(num_operations("factors", tokens, *shape, rank=1) for shape in shapes),

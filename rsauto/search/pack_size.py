@@ -43,6 +43,8 @@ class PackPlan:
     """Most trials at once; 1 runs them one by one."""
     rows: int = 1
     """Micro-batch of each."""
+    tokens: int = 1
+    """Mean tokens of it."""
     optimizer: PackedOptimizer = "adamw"
     admission: Literal["elastic", "together"] = "elastic"
     ratio: float | None = None
@@ -63,6 +65,7 @@ def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int
     plan = PackPlan(
         size=size,
         rows=rows,
+        tokens=pack_memory.tokens_of(setup, specs[0].batch_size, rows),
         optimizer=cast(PackedOptimizer, specs[0].optimizer),
         admission=setup.config.packing.admission,
     )
@@ -70,20 +73,27 @@ def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int
         return _fastest(setup, bench, plan, specs)
     except NotPackableError as error:
         return PackPlan(size=1, reason=str(error))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return PackPlan(size=1, reason="the device had no room for two trials at once")
+    except Exception as error:  # alone they may well run, and tell what is wrong if not
+        full = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        reason = "the device had no room for more" if full else f"{type(error).__name__}: {error}"
+        return PackPlan(size=1, reason=f"a short probe of packs failed: {reason}")
 
 
 def may_share(spec: TrialSpec, others: Sequence[TrialSpec]) -> bool:
-    """Whether a trial can join a pack of others: all but rank, rates and layers is shared."""
+    """Whether a trial can join a pack of others: all but rank, alpha and rates is shared.
+
+    Those of other layers could be trained with them, but would make each other larger: what a layer
+    is given is kept for all trials where one adapts it.
+    """
     return not others or _kind(spec) == _kind(others[0])
 
 
 def _kind(spec: TrialSpec) -> object:
     allocation = spec.allocation and replace(spec.allocation, tinit=0, tfinal=0)
-    return spec.optimizer, spec.batch_size, spec.adapter_dtype, allocation
+    return (
+        spec.optimizer, spec.batch_size, spec.adapter_dtype, spec.target_modules,
+        spec.rank_pattern, allocation,
+    )  # fmt: skip
 
 
 def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> str:
@@ -132,7 +142,7 @@ def _fastest(setup: Setup, bench: Bench, plan: PackPlan, specs: Sequence[TrialSp
 
 def _seconds_packed(bench: Bench, plan: PackPlan, specs: Sequence[TrialSpec]) -> float:
     """Of one step of all of them together."""
-    with Pack(bench, optimizer=plan.optimizer, rows=plan.rows) as pack:
+    with Pack(bench, optimizer=plan.optimizer, rows=plan.rows, tokens=plan.tokens) as pack:
         for spec in specs:
             pack.admit(_probe(spec))
         return _fastest_of(map(_seconds_of, iter(pack.advance, None)), specs[0].steps)

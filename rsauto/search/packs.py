@@ -73,7 +73,7 @@ class PackRun:
         """What ended the pack before its trials were done."""
         self._next_entrant = next_entrant
         self._put_back_numbers = put_back
-        self._pack = Pack(bench, optimizer=plan.optimizer, rows=plan.rows)
+        self._pack = Pack(bench, optimizer=plan.optimizer, rows=plan.rows, tokens=plan.tokens)
         self._running: list[_Running] = []
         self._id = ""
 
@@ -148,7 +148,11 @@ class PackRun:
         )  # fmt: skip
         if outcome == "complete":
             folder, card = self.books.place_of(record)
-            num_bytes = self._pack.save(running.member, folder, card)
+            try:
+                num_bytes = self._pack.save(running.member, folder, card)
+            except OutOfMemory:
+                self._put_back([running])
+                return
             record = replace(record, adapter_bytes=num_bytes)
         self._leave(running)
         record = self.books.settle(trial, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rsauto.config import TaskType
-from rsauto.data import Example, collate, evaluation_batches
+from rsauto.data import Batch, Example, collate, evaluation_batches
 from rsauto.memory.measure import PeakMeter
 from rsauto.training.loss import hits_of, summed_cross_entropy
 
@@ -46,7 +46,7 @@ def evaluate(
     """Loss and metrics over ``examples``, which are all of one task."""
     was_training = model.training
     model.eval()
-    tally: Tally = TokenTally() if examples[0].label is None else ClassTally()
+    tally = _tally_for(examples)
     for index, batch_examples in enumerate(evaluation_batches(examples, batch_size)):
         # The longest rows come first, so the first batch is the one that needs most memory.
         with watching(meter, index == 0):
@@ -54,6 +54,40 @@ def evaluate(
             tally.add(model(**batch.inputs()).logits, batch.labels)
     model.train(was_training)
     return tally.evaluation()
+
+
+@torch.no_grad()
+def evaluate_trials(
+    logits_of: Callable[[Batch], Tensor],
+    examples: Sequence[Example],
+    *,
+    num_trials: int,
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    meter: PeakMeter | None = None,
+) -> list[Evaluation]:
+    """`evaluate` of several trials at once, in batches that hold the same rows once for each.
+
+    ``logits_of`` gives the logits of such a batch, the rows of each trial side by side.
+    """
+    tallies = [_tally_for(examples) for _ in range(num_trials)]
+    for index, batch_examples in enumerate(evaluation_batches(examples, batch_size)):
+        with watching(meter, index == 0):
+            repeated = torch.arange(len(batch_examples)).repeat(num_trials)
+            batch = collate(batch_examples, pad_token_id).rows(repeated).to(device)
+            _add_to_each(tallies, logits_of(batch), batch.labels)
+    return [tally.evaluation() for tally in tallies]
+
+
+def _add_to_each(tallies: Sequence[Tally], logits: Tensor, labels: Tensor) -> None:
+    parts = zip(logits.chunk(len(tallies)), labels.chunk(len(tallies)), strict=True)
+    for tally, (own_logits, own_labels) in zip(tallies, parts, strict=True):
+        tally.add(own_logits, own_labels)
+
+
+def _tally_for(examples: Sequence[Example]) -> Tally:
+    return TokenTally() if examples[0].label is None else ClassTally()
 
 
 def watching(meter: PeakMeter | None, heavy: bool) -> AbstractContextManager[None]:

@@ -57,6 +57,9 @@ class Member:
 
     @property
     def next_batches(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of the next step's micro-batches. Raises ValueError after the last step."""
+        if self.is_finished:
+            raise ValueError("a trial that is finished must be released from its pack")
         return tuple(map(tuple, self.batches[self.steps_done]))
 
     @property

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from rsauto.adapters.export import export_lora
 from rsauto.adapters.lora import remove_adapter
-from rsauto.data import Batch, Example, collate, evaluation_batches
+from rsauto.data import Batch, Example, collate
 from rsauto.memory.measure import PeakMeter
 from rsauto.packing.model import Norms, PackedModel
 from rsauto.packing.optimizer import PackedOptimizer
 from rsauto.packing.rows import require_rows
 from rsauto.packing.tensors import TrialTensors, write
 from rsauto.records import TrialSpec
-from rsauto.training.evaluate import ClassTally, Evaluation, Tally, TokenTally, watching
+from rsauto.training.evaluate import Evaluation, evaluate_trials, watching
 from rsauto.training.loop import Diverged, with_general_loss
 from rsauto.training.loss import count_targets_of_trials, cross_entropy_of_trials
 from rsauto.training.member import Advance, Member
@@ -47,10 +47,16 @@ class Pack:
                     pack.release(advance.member)
     """
 
-    def __init__(self, bench: Bench, *, optimizer: PackedOptimizer, rows: int) -> None:
-        """``rows`` is the micro-batch of every trial."""
+    def __init__(
+        self, bench: Bench, *, optimizer: PackedOptimizer, rows: int, tokens: int | None = None
+    ) -> None:
+        """``rows`` is the micro-batch of every trial, ``tokens`` what it has on average.
+
+        By the latter ranks are put together; None counts those of the first batches.
+        """
         self.bench = bench
         self.rows = rows
+        self._tokens = tokens
         self.members: list[Member] = []
         """Trials that are trained, in the order in which they came."""
         self.parked: list[Member] = []
@@ -63,7 +69,8 @@ class Pack:
         self._checked: set[str] = set()
         """Layers that are known to see rows in order."""
         self._meter: PeakMeter | None = None
-        self._heaviest = 0
+        self._heaviest = self._largest = 0
+        """Tokens of the largest training batch, and of the longest evaluated rows, so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -131,11 +138,23 @@ class Pack:
         sound = [n for n, norm in enumerate(norms) if math.isfinite(norm.total + losses[n])]
         due = [self._seated[n] for n in sound if self._seated[n].evaluates_next]
         found = self._evaluated(due)
+        if len(self._model.trials) < len(self._seated):
+            self._model.unseat()  # some had to be evaluated apart
         steps = zip(self._seated, losses, norms, strict=True)
         return [self._advanced(*step, seconds, found.get(step[0])) for step in steps]
 
     def save(self, member: Member, folder: Path, card: str) -> int:
-        """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
+        """Writes the adapter as plain LoRA of scale 1; returns its bytes. Raises OutOfMemory."""
+        try:
+            return self._saved(member, folder, card)
+        except RuntimeError as error:
+            told = _told(error)
+        if not self._model.trials:
+            raise told
+        self._model.unseat()  # an adapter of its own may need the room
+        return self.save(member, folder, card)
+
+    def _saved(self, member: Member, folder: Path, card: str) -> int:
         now = self._model.snapshot(member.tensors)
         with self._model.without_layers():
             adapted = put_on_adapter(self.bench, member.spec)
@@ -232,28 +251,28 @@ class Pack:
     def _evaluations(self, num_trials: int) -> list[Evaluation]:
         """Of the trials that are chosen."""
         data = self.bench.data
-        found = self._tallied(data.validation, num_trials)
+        found = self._on(data.validation, num_trials)
         if not data.general:
             return found
-        general = [e.eval_loss for e in self._tallied(data.general, num_trials)]
+        general = [e.eval_loss for e in self._on(data.general, num_trials)]
         return [
             with_general_loss(one, loss, self.bench.untouched_general_loss)
             for one, loss in zip(found, general, strict=True)
         ]
 
-    @torch.no_grad()
-    def _tallied(self, examples: Sequence[Example], num_trials: int) -> list[Evaluation]:
+    def _on(self, examples: Sequence[Example], num_trials: int) -> list[Evaluation]:
         self._model.base.eval()
-        kind: type[Tally] = TokenTally if examples[0].label is None else ClassTally
-        tallies = [kind() for _ in range(num_trials)]
-        for batch_examples in evaluation_batches(examples, self.rows):
-            batch = collate(batch_examples, self.bench.data.pad_token_id)
-            rows = torch.arange(len(batch_examples)).repeat(num_trials)
-            batch = batch.rows(rows).to(self.bench.device)
-            logits, labels = self._logits(batch).chunk(num_trials), batch.labels.chunk(num_trials)
-            for tally, own_logits, own_labels in zip(tallies, logits, labels, strict=True):
-                tally.add(own_logits, own_labels)
-        return [tally.evaluation() for tally in tallies]
+        size = num_trials * max(len(example.input_ids) for example in examples)
+        is_heaviest, self._largest = size > self._largest, max(size, self._largest)
+        return evaluate_trials(
+            self._logits,
+            examples,
+            num_trials=num_trials,
+            batch_size=self.rows,
+            pad_token_id=self.bench.data.pad_token_id,
+            device=self.bench.device,
+            meter=self._meter if is_heaviest else None,
+        )
 
     # ------------------------------------------------------------------ who takes part
 
@@ -283,16 +302,18 @@ class Pack:
         """Seats the members, where others are seated."""
         wanted = [member.tensors for member in self.members]
         if {id(t) for t in wanted} == {id(t) for t in self._model.trials}:
-            return
-        lengths = [member.tokens[0] for member in self.members]
-        tokens = sum(lengths) * self.rows // (len(lengths) * self.members[0].spec.batch_size)
-        self._model.seat(wanted, max(1, tokens))
+            return  # nobody came or went since the last step
+        self._model.seat(wanted, self._tokens or self._first_tokens())
         of_tensors = {id(member.tensors): member for member in self.members}
         self._seated = [of_tensors[id(tensors)] for tensors in self._model.trials]
         for member in self.members:
             member.pack_size = max(member.pack_size, len(self.members))
         if self._meter is None:
             self._meter = PeakMeter(self.bench.device, self.bench.model, None, self._model.tensors)
+
+    def _first_tokens(self) -> int:
+        lengths = [member.tokens[0] for member in self.members]
+        return max(1, sum(lengths) * self.rows // (len(lengths) * self.members[0].spec.batch_size))
 
     def _with_less_until_it_fits(self, step: Callable[[], T]) -> T:
         """What ``step`` gives, with half of the members as often as the device has no room."""
