@@ -282,9 +282,11 @@ def test_padding_is_removed_and_put_back(config: Any) -> None:
     dense = traced(config, padded=False, **flash)
     packed = traced(config, padded=True, **flash)
     tokens = SIZE.micro_batch_size * SIZE.train_length
-    # Either way q, k, v and the output are kept once; packed, also where the tokens were.
-    indices = 8 * tokens * config.num_hidden_layers
-    assert held_after_forward(packed) - held_after_forward(dense) == indices
+    # Either way q, k, v and the output are kept once; packed, also where the tokens were, and the
+    # output with its padding, which is what the next layer is given and keeps.
+    layers = config.num_hidden_layers
+    indices, padded = 8 * tokens * layers, BF16.itemsize * tokens * config.hidden_size * layers
+    assert held_after_forward(packed) - held_after_forward(dense) == indices + padded
     accumulator = 4 * 2 * (SIZE.train_length + 128) * 4 * 32
     assert (accumulator, "backward") in packed
     assert (accumulator, "backward") not in dense
