@@ -60,8 +60,3 @@ def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor
 def hidden_gradient(grad: Tensor, b: Tensor, s: Tensor) -> Tensor:
     """Gradient of A x, (K, T, r), from that of y."""
     return torch.bmm(grad, b).mul_(s)
-
-
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """W + s B A of every adapter, (K, d_out, d_in)."""
-    return torch.baddbmm(weight.expand(len(a), -1, -1), b * s, a)

@@ -6,6 +6,7 @@ Nothing here changes a result; every number that is measured is one of time.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
@@ -55,13 +56,14 @@ class PackPlan:
 
 def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> PackPlan:
     """The fastest pack of at most ``most`` trials like ``specs``; runs some steps to tell."""
+    specs = [spec for spec in specs if may_share(spec, specs[:1])]
     reason = _reason_against(setup, bench, specs, most)
     if reason:
         return PackPlan(size=1, reason=reason)
     rows = pack_memory.pack_rows(setup, specs)
     size = pack_memory.pack_size(setup, specs, rows, most)
     if size < 2:
-        return PackPlan(size=1, reason="the memory budget holds one trial at a time")
+        return PackPlan(size=1, reason=_reason_of_memory(setup, specs[0], rows))
     plan = PackPlan(
         size=size,
         rows=rows,
@@ -118,6 +120,12 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most
     return ""
 
 
+def _reason_of_memory(setup: Setup, spec: TrialSpec, rows: int) -> str:
+    if math.isinf(pack_memory.needed_bytes(setup, [spec], rows, 2)):
+        return "what a pack of trials needs cannot be predicted on this model"
+    return "the memory budget holds one trial at a time"
+
+
 def _fastest(setup: Setup, bench: Bench, plan: PackPlan, specs: Sequence[TrialSpec]) -> PackPlan:
     """The size with the least time a trial; one by one where no pack is faster."""
     alone: dict[TrialSpec, float] = {}
@@ -127,6 +135,8 @@ def _fastest(setup: Setup, bench: Bench, plan: PackPlan, specs: Sequence[TrialSp
     ):
         size = min(size, plan.size)
         some = list(itertools.islice(itertools.cycle(specs), size))
+        if not pack_memory.fits(setup, some, plan.rows):
+            some = [min(specs, key=lambda spec: spec.rank)] * size
         for spec in dict.fromkeys(some):
             if spec not in alone:
                 alone[spec] = _seconds_alone(bench, _as_alone(setup, spec))
