@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rsauto.adapters.low_rank import num_operations
+
 OPERATIONS_PER_LAYER = 10
 """Of a stack, forward and backward, and what cuts batches for it."""
 
@@ -23,6 +25,22 @@ STEP_TOKENS = 40
 """Tokens whose products cost as much as a step does beside them: zeroing, norms, clipping and AdamW
 take about 3 nanoseconds for every number of A and B, which is 240 operations at 80 GFLOP/s, and a
 token takes 6. Measured on one core by what padding from 16 to 64 costs at 16 and at 64 tokens."""
+
+
+def stacks(
+    ranks: Sequence[int], shapes: Sequence[tuple[int, int]], tokens: int, device_type: str
+) -> list[list[int]]:
+    """`buckets` for trials that adapt layers of ``shapes``, (d_in, d_out), each with ``tokens``.
+
+    What is planned and what is trained must be cut alike, or a pack would need more than predicted.
+    """
+    passed = tokens + STEP_TOKENS
+    return buckets(
+        ranks,
+        flops_per_rank=sum(num_operations("factors", passed, *shape, rank=1) for shape in shapes),
+        num_layers=len(shapes),
+        device_type=device_type,
+    )
 
 
 def buckets(

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rsauto.adapters.low_rank import num_operations
 from rsauto.adapters.optimizers import GROUP_NAMES, GroupName
 from rsauto.packing.allocation import StackAllocation, importance_fields, way_of
-from rsauto.packing.buckets import STEP_TOKENS, buckets
+from rsauto.packing.buckets import stacks
 from rsauto.packing.layers import PackedHead, PackedLinear, Seating
 from rsauto.packing.optimizer import STATES, PackedOptimizer, step
 from rsauto.packing.stack import Stack, at_least_float32
@@ -208,15 +207,7 @@ class PackedModel:
         for kind in dict.fromkeys(kinds):
             same = [trial for trial, own in zip(trials, kinds, strict=True) if own == kind]
             shapes = [self._shape(name) for name in dict.fromkeys(n for t in same for n in t.gamma)]
-            cut = buckets(
-                [_rank(trial) for trial in same],
-                flops_per_rank=sum(
-                    num_operations("factors", tokens + STEP_TOKENS, *shape, rank=1)
-                    for shape in shapes
-                ),
-                num_layers=len(shapes),
-                device_type=self.device.type,
-            )
+            cut = stacks([_rank(trial) for trial in same], shapes, tokens, self.device.type)
             found += [[same[index] for index in table] for table in cut]
         return found
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rsauto.adapters.low_rank import num_operations
 from rsauto.memory.product import adapted_shapes, mean_tokens
-from rsauto.packing.buckets import STEP_TOKENS, buckets
+from rsauto.packing.buckets import stacks
 from rsauto.records import TrialSpec
 from rsauto.search.setup import Setup, device_bytes, planned
 
@@ -77,14 +76,9 @@ def _padded_ranks(setup: Setup, specs: Sequence[TrialSpec], rows: int) -> list[i
     """The rank that each trial has memory for: the largest of its stack."""
     ranks = [spec.init_rank or spec.rank for spec in specs]
     shapes = adapted_shapes(replace(setup.planner.kind, **planned(specs[0])))
-    tokens = tokens_of(setup, specs[0].batch_size, rows) + STEP_TOKENS
-    stacks = buckets(
-        ranks,
-        flops_per_rank=sum(num_operations("factors", tokens, *shape, rank=1) for shape in shapes),
-        num_layers=len(shapes),
-        device_type=setup.device.type,
-    )
-    largest = {index: max(ranks[n] for n in stack) for stack in stacks for index in stack}
+    tokens = tokens_of(setup, specs[0].batch_size, rows)
+    cut = stacks(ranks, shapes, tokens, setup.device.type)
+    largest = {index: max(ranks[n] for n in stack) for stack in cut for index in stack}
     return [largest[index] for index in range(len(ranks))]
 
 
