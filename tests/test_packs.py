@@ -38,7 +38,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         trials=17,
         sampler="grid",
         pruner="none",
-        rank=[2, 4, 16],
+        rank=[2, 4, 64],
         alpha=[8],
         learning_rate=[1e-3, 3e-3, 1e-2],
         seeds=2,
@@ -110,6 +110,9 @@ def test_a_fixed_list_of_trials_gives_the_same_packed_and_one_by_one(
             assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-4)
             assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
         assert packed.flops == alone.flops
+        # What is recorded must fit the budget of a trial, also where the pack may use more.
+        assert packed.micro_batch_size == alone.micro_batch_size
+        assert packed.predicted_peak_bytes == alone.predicted_peak_bytes
         assert packed.tokens == alone.tokens
     search = [record for record in records if record.role == "search"]
     assert len(search) == 9
@@ -211,7 +214,7 @@ def test_a_fault_within_a_pack_is_told_and_its_trials_run_alone(
     real = Pack._step
 
     def faulty(self: Pack) -> Any:
-        if any(member.spec.rank == 16 and member.steps_done == 2 for member in self.members):
+        if any(member.spec.rank == 64 and member.steps_done == 2 for member in self.members):
             raise ZeroDivisionError("a fault")
         return real(self)
 
@@ -303,6 +306,23 @@ def test_adalora_runs_in_packs_too(
     records = settled(run(config, tmp_path / "out"))
     packed = {record.method for record in records if record.engine == "packed"}
     assert packed == set(method)
+
+
+def test_a_trial_that_cannot_be_taken_in_runs_alone(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pack.admit
+
+    def refuse(self: Pack, spec: Any) -> Any:
+        if spec.rank == 4:
+            raise NotPackableError("this one is not packed")
+        return real(self, spec)
+
+    monkeypatch.setattr(Pack, "admit", refuse)
+    records = settled(run(config_of(values, packing={"trials": 4}), tmp_path / "out"))
+    assert {record.outcome for record in records} == {"complete"}
+    assert {r.engine for r in records if r.rank == 4 and r.role == "search"} == {"peft"}
+    assert "packed" in {record.engine for record in records}
 
 
 def test_packs_may_be_turned_on_later(values: dict[str, Any], tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class PackRun:
             return
         try:
             member = self._pack.admit(entrant.spec)
-        except OutOfMemory:
+        except Exception:  # for want of memory or whatever else: alone it may run, or will tell
             self._put_back_to_run_alone(entrant)
             return
         self._running.append(_Running(entrant, member, prediction))

@@ -68,9 +68,15 @@ def packed_record(
     pack_id: str,
     pack_peak_bytes: int | None,
 ) -> TrialRecord:
-    """The record of a trial of a pack, which has no peak and no clock of its own."""
+    """The record of a trial of a pack, which has no peak and no clock of its own.
+
+    Its micro-batch is the one that the prediction is for and that it would have alone: the pack's
+    may be larger than the memory budget allows, and changes the result by rounding only.
+    """
+    size, order = prediction.micro_batch_size, prediction.product_order
+    spec = replace(member.spec, micro_batch_size=size, product_order=order)
     return replace(
-        _run_record(number, member, member.spec, prediction, outcome, error),
+        _run_record(number, member, spec, prediction, outcome, error),
         engine="packed",
         pack_id=pack_id,
         pack_size=member.pack_size,
