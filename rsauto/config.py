@@ -11,23 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rsauto.choices import (
-    IntChoice,
-    Part,
-    PowerRange,
-    RateChoice,
-    RateRange,
-    Rates,
-    Targets,
-    as_tuple,
-)
-from rsauto.records import ADALORA_METHODS, Method
+from rsauto.choices import Part, Rates, as_tuple
+from rsauto.records import ADALORA_METHODS
+from rsauto.search_settings import MINIMISED as MINIMISED
+from rsauto.search_settings import SearchConfig as SearchConfig
 from rsauto.units import bytes_text
-
-Objective = Annotated[str, Field(min_length=1)]
-
-MINIMISED = frozenset({"eval_loss", "train_loss", "perplexity", "general_loss", "forgetting"})
-"""What is better when it is less; every other metric is better when it is more."""
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 """What is trained, in PEFT's words: a causal language model or a sequence classifier."""
@@ -182,63 +170,6 @@ class TrainingConfig(Part):
         return self
 
 
-class SearchConfig(Part):
-    """What is searched, how, and for how long."""
-
-    trials: int = Field(24, ge=1)
-    """Settled trials in the study, defaults and repeated seeds included."""
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    pruner: Literal["median", "halving", "none"] = "median"
-    method: Annotated[tuple[Method, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
-        "rslora",
-    )
-    rank: IntChoice = PowerRange(low=2, high=256)
-    alpha: IntChoice = PowerRange(low=8, high=64)
-    learning_rate: RateChoice = RateRange(low=1e-5, high=1e-2)
-    """A range is centred anew for every rank by the law of its scaling rule; a list is exact."""
-    reference_rank: int = Field(8, ge=1)
-    """The rank for which a learning-rate range is meant."""
-    lr_ratio: Annotated[Rates, BeforeValidator(as_tuple)] = (1.0,)
-    """LoRA+: learning rate of B over that of A."""
-    target_modules: Annotated[tuple[Targets, ...], Field(min_length=1)] | None = None
-    """Several choices of layers to search over; None uses model.target_modules."""
-    seeds: int = Field(3, ge=1)
-    """Seeds on which the finalists are compared, the search's own included."""
-    within: float = Field(0.01, ge=0, lt=1)
-    """Ranks whose objective is this close to the best (relative) count as good as the best."""
-    objective: Objective = "eval_loss"
-    direction: Literal["minimize", "maximize"] | None = None
-    """None: losses, perplexity and forgetting are minimised, other metrics maximised."""
-    max_seconds: float | None = Field(None, gt=0)
-    """Stop asking for trials after this much wall time of one run."""
-    max_failures: int = Field(3, ge=1)
-    """Stop after this many failed trials in a row."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.sampler == "grid" and isinstance(self.learning_rate, RateRange):
-            raise ValueError("sampler grid needs learning_rate as a list, such as [1e-4, 3e-4]")
-        for name in ("rank", "alpha", "learning_rate", "lr_ratio", "method"):
-            values = getattr(self, name)
-            if isinstance(values, tuple) and len(set(values)) != len(values):
-                raise ValueError(f"{name} lists a value twice")
-        return self
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return _values(self.rank)
-
-    @property
-    def alphas(self) -> tuple[int, ...]:
-        return _values(self.alpha)
-
-    @property
-    def minimize(self) -> bool:
-        if self.direction is not None:
-            return self.direction == "minimize"
-        return self.objective in MINIMISED
-
-
 class AdaLoraSettings(Part):
     """How the methods adalora and rsadalora place their rank. Of no account to other methods."""
 
@@ -307,10 +238,6 @@ class PackingSettings(Part):
     once it is empty, so that all of its trials are at the same step and see the same minibatch."""
 
 
-def _values(choice: PowerRange | tuple[int, ...]) -> tuple[int, ...]:
-    return choice.values() if isinstance(choice, PowerRange) else tuple(sorted(choice))
-
-
 class StudyConfig(Part):
     """A whole study file."""
 
@@ -354,7 +281,8 @@ class StudyConfig(Part):
 
 RESUMABLE = frozenset(
     {
-        "search.trials", "search.seeds", "search.rank", "search.max_seconds", "search.max_failures",
+        "search.trials", "search.seeds", "search.rank", "search.max_failures",
+        "search.max_seconds", "search.max_tokens", "search.max_gpu_hours",
         "packing.mode", "packing.trials", "packing.admission", "pack_memory_budget",
     }
 )  # fmt: skip

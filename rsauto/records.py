@@ -110,6 +110,10 @@ class TrialSpec:
     """Evaluations spread evenly over the steps, the last one after the last step."""
     seed: int = 0
     retry_of: int | None = None
+    cohort: int | None = None
+    """Search trials of one cohort begin together and are compared at every rung; see `pruning`."""
+    cohort_size: int | None = None
+    """Trials of the cohort."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -128,7 +132,8 @@ class TrialSpec:
 
     def configuration(self) -> tuple[Any, ...]:
         """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
-        ignored = {"seed", "role", "retry_of", "micro_batch_size", "product_order"}
+        bookkeeping = {"role", "retry_of", "cohort", "cohort_size"}
+        ignored = bookkeeping | {"seed", "micro_batch_size", "product_order"}
         return tuple(
             getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ignored
         )

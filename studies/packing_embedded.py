@@ -48,7 +48,7 @@ def config_of(batch_size: int, mode: str) -> StudyConfig:
             "training": {"steps": 64, "batch_size": batch_size, "num_evals": 2},
             "search": {
                 "trials": 14,
-                "sampler": "grid",
+                "strategy": "grid",
                 "pruner": "none",
                 "rank": [2, 4, 8, 16, 32, 64],
                 "alpha": [16],

@@ -1,5 +1,5 @@
-"""The order of a study: the defaults, one trial of every rank and method, the search, AdaLoRA's
-rank pattern tried with rsLoRA, the finalists' seeds.
+"""The fixed parts of a study: one trial of every rank and method where the strategy has none of its
+own, the defaults, AdaLoRA's rank pattern tried with rsLoRA, the finalists' seeds.
 
 Everything here is decided from the records alone, so a study continued after an interruption goes
 on exactly where it was.
@@ -96,11 +96,11 @@ def opening_trial(
     spread. Only the first method, or nothing, where it would take more than half of the search.
     """
     search = space.config.search
-    most = _num_searched(space.config) // 2
+    most = num_searched(space.config) // 2
     methods = search.method
     if len(space.ranks) * len(methods) > most:
         methods = methods[:1]
-    if search.sampler != "tpe" or len(space.ranks) > most:
+    if search.strategy not in ("tpe", "gp", "cost") or len(space.ranks) > most:
         return None
     begun = [*(spec for spec, _ in settled), *pending]
     tried = {(spec.rank, spec.method) for spec in begun if spec.role == "search"}
@@ -183,7 +183,21 @@ def may_prune(spec: TrialSpec, step: int, settled: Settled) -> bool:
 
 
 def num_reserved(config: StudyConfig) -> int:
-    """Trials kept back for AdaLoRA's pattern and the finalists' other seeds."""
+    """Trials kept back for the defaults, AdaLoRA's pattern and the finalists' other seeds."""
+    return 1 + num_tuning(config.search) + _num_finals(config)
+
+
+def num_still_reserved(space: Space, history: History, objective: Objective) -> int:
+    """Those of them that are still to come; what the defaults did not need is searched with."""
+    begun = [trial.spec.role for trial in history.trials]
+    finals = _num_finals(space.config) - sum(role in ("refit", "seed") for role in begun)
+    defaults = sum(role in ("default", "default_tuned") for role in begun)
+    if defaults and reference_trial(space, history.settled, objective) is None:
+        return max(0, finals)
+    return max(0, finals) + max(0, 1 + num_tuning(space.config.search) - defaults)
+
+
+def _num_finals(config: StudyConfig) -> int:
     refits = 1 if config.allocates() and config.adalora.refit else 0
     return refits + MAX_FINALISTS * extra_seeds(config.search)
 
@@ -193,8 +207,9 @@ def extra_seeds(search: SearchConfig) -> int:
     return min(search.seeds - 1, search.trials // 10)
 
 
-def _num_searched(config: StudyConfig) -> int:
-    return config.search.trials - 1 - num_tuning(config.search) - num_reserved(config)
+def num_searched(config: StudyConfig) -> int:
+    """Trials that are left for the search."""
+    return config.search.trials - num_reserved(config)
 
 
 def seed_trials(

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 from optuna.trial import TrialState
 
 from rsauto.errors import StudyInterrupted
 from rsauto.memory.kinds import Prediction
-from rsauto.records import EvalPoint, TrialRecord, TrialSpec
+from rsauto.records import EvalPoint, Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
 from rsauto.search.agenda import num_settled
 from rsauto.search.folder import StudyFolder
 from rsauto.search.history import Settled
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective, constraints
-from rsauto.search.pruning import gives_up
+from rsauto.search.pruning import gives_up, is_harmful
 from rsauto.search.setup import Setup
 from rsauto.search.write_up import infeasible_record, trial_card
 from rsauto.stop import StopFlag
 
 KEPT_ADAPTERS = 6
 """Adapters kept while a study runs; an answer whose adapter is gone is trained again."""
+
+
+class Ending(NamedTuple):
+    """How a trial ends before its last step."""
+
+    outcome: Outcome
+    error: str | None = None
 
 
 class Books:
@@ -40,10 +48,24 @@ class Books:
 
     def report(
         self, trial: optuna.Trial, spec: TrialSpec, curve: list[EvalPoint], known: Settled
-    ) -> bool:
-        """Tells Optuna the last point of a curve; whether the trial is to be given up."""
+    ) -> Ending | None:
+        """Tells Optuna the last point of a curve; how the trial ends there, None if it goes on."""
         trial.report(self.objective.value(curve[-1]), curve[-1].step)
-        return gives_up(self.setup.config, self.objective, trial, spec, curve, known)
+        harm = self.harm(curve)
+        if harm is not None:
+            return harm
+        ends = gives_up(self.setup.config, self.objective, spec, curve, known)
+        return Ending("pruned") if ends else None
+
+    def harm(self, curve: list[EvalPoint]) -> Ending | None:
+        """The end of a trial that has made the model worse than it was."""
+        if not is_harmful(self.objective, curve):
+            return None
+        return Ending(
+            "diverged",
+            f"step {curve[-1].step}: validation loss {curve[-1].eval_loss:.4g}, the untouched "
+            f"model's is {self.objective.untouched_loss:.4g}",
+        )
 
     def refuse(self, trial: optuna.Trial, spec: TrialSpec) -> TrialRecord:
         """Settles a trial that does not fit the budget, without starting it."""

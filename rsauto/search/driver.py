@@ -204,7 +204,7 @@ class StudyRun:
     ) -> bool:
         """Whether a trial may run with these others, or in a pack that it begins."""
         return (
-            plan.size > 1
+            (plan.size > 1 or (plan.can_hold and spec.cohort is not None))
             and spec.role == "search"
             and spec.retry_of not in put_back
             and may_share(spec, others)
@@ -215,6 +215,8 @@ class StudyRun:
         """Whether there is a second trial to run with this one now."""
         if not self._joins(first.spec, [], plan, put_back):
             return False
+        if first.spec.cohort is not None:
+            return True
         second = self.ledger.waiting_spec() or self._propose([first.trial.number])
         return second is not None and self._joins(second, [first.spec], plan, put_back)
 

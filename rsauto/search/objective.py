@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rsauto.config import SearchConfig
@@ -18,21 +19,28 @@ class Objective:
     minimize: bool
     untouched: float
     """Of the base model without an adapter."""
+    untouched_loss: float = math.inf
+    """Its eval_loss."""
 
     @classmethod
     def of(cls, search: SearchConfig, baseline: Evaluation) -> Objective:
-        return cls(search.objective, search.minimize, _value(search.objective, baseline))
+        untouched = _value(search.objective, baseline)
+        return cls(search.objective, search.minimize, untouched, baseline.eval_loss)
 
     def value(self, evaluation: Evaluation | EvalPoint) -> float:
         """The objective in its own direction."""
         return _value(self.name, evaluation)
 
+    def lower(self, point: EvalPoint) -> float:
+        """The objective at a point of a curve, its sign such that lower is better."""
+        value = self.value(point)
+        return value if self.minimize else -value
+
     def lower_is_better(self, record: TrialRecord) -> float | None:
         """The objective of a complete trial, its sign such that lower is better."""
         if record.outcome != "complete":
             return None
-        value = self.value(record.curve[-1])
-        return value if self.minimize else -value
+        return self.lower(record.curve[-1])
 
     def told(self, record: TrialRecord) -> float | None:
         """The value an Optuna trial gets; None for a failed one, which says nothing.

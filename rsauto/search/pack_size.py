@@ -52,25 +52,31 @@ class PackPlan:
     """Time one by one over time packed, as probed; None where it was not."""
     reason: str = ""
     """Why they run one by one; empty where they do not."""
+    can_hold: bool = False
+    """Whether trials can stand still at a rung until others have come there."""
 
 
 def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> PackPlan:
     """The fastest pack of at most ``most`` trials like ``specs``; runs some steps to tell."""
     specs = [spec for spec in specs if may_share(spec, specs[:1])]
-    reason = _reason_against(setup, bench, specs, most)
+    reason = _reason_against(setup, bench, specs)
     if reason:
         return PackPlan(size=1, reason=reason)
     rows = pack_memory.pack_rows(setup, specs)
     size = pack_memory.pack_size(setup, specs, rows, most)
-    if size < 2:
-        return PackPlan(size=1, reason=_reason_of_memory(setup, specs[0], rows))
     plan = PackPlan(
-        size=size,
+        size=max(1, size),
         rows=rows,
         tokens=pack_memory.tokens_of(setup, specs[0].batch_size, rows),
         optimizer=cast(PackedOptimizer, specs[0].optimizer),
         admission=setup.config.packing.admission,
+        can_hold=True,
     )
+    if most == 1:
+        name = "trials" if setup.config.packing.trials == 1 else "lookahead"
+        return replace(plan, reason=f"packing.{name} is 1")
+    if size < 2:
+        return replace(plan, reason=_reason_of_memory(setup, specs[0], rows))
     try:
         return _fastest(setup, bench, plan, specs)
     except NotPackableError as error:
@@ -98,13 +104,10 @@ def _kind(spec: TrialSpec) -> object:
     )  # fmt: skip
 
 
-def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int) -> str:
+def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> str:
     """Why trials cannot be packed at all; empty where they can."""
     if setup.config.packing.mode == "off":
         return "packing.mode is off"
-    if most == 1:
-        name = "trials" if setup.config.packing.trials == 1 else "lookahead"
-        return f"packing.{name} is 1"
     if len(specs) < 2:
         return "there are not two search trials to run"
     if specs[0].optimizer not in get_args(PackedOptimizer):
@@ -146,7 +149,7 @@ def _fastest(setup: Setup, bench: Bench, plan: PackPlan, specs: Sequence[TrialSp
         best = (ratio, size)
     ratio, size = best
     if size == 1:
-        return PackPlan(size=1, reason="a short probe found packs no faster than one by one")
+        return replace(plan, size=1, reason="a short probe found packs no faster than one by one")
     return replace(plan, size=size, ratio=ratio)
 
 

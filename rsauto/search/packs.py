@@ -18,6 +18,7 @@ from rsauto.search.books import Books
 from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
 from rsauto.search.history import Settled
 from rsauto.search.pack_size import PackPlan
+from rsauto.search.pruning import Rival, comparable, goes_on, rivals, rungs
 from rsauto.search.write_up import packed_record
 from rsauto.training.member import Advance, Member
 from rsauto.training.packed import Pack
@@ -75,6 +76,12 @@ class PackRun:
         self._put_back_numbers = put_back
         self._pack = Pack(bench, optimizer=plan.optimizer, rows=plan.rows, tokens=plan.tokens)
         self._running: list[_Running] = []
+        self._at_rung: list[_Running] = []
+        """Of them those that stand still until all of their cohort have come to the rung."""
+        self._passed: list[_Running] = []
+        """Of them those that a rung has let through, as soon as there is room."""
+        self._is_full = False
+        """Nobody else may join until one of the trials has ended."""
         self._id = ""
 
     def events(self, first: Entrant) -> Events:
@@ -82,8 +89,11 @@ class PackRun:
         self._id = f"pack-{first.trial.number}"
         with self._pack:
             yield from self._admit(first)
-            yield from self._fill()
             while self._running:
+                yield from self._pass_rungs()
+                yield from self._fill()
+                if not self._moving:
+                    continue
                 try:
                     advances = self._pack.advance()
                 except Exception as error:  # whose fault it is shows when each runs alone
@@ -97,17 +107,88 @@ class PackRun:
                     for running in self._running:
                         self.books.abandon(running.entrant.trial)
                     self.books.stop_if_asked()
-                if self._running and self.plan.admission == "elastic":
-                    yield from self._fill()
+
+    @property
+    def _moving(self) -> list[_Running]:
+        still = [id(running) for running in (*self._at_rung, *self._passed)]
+        return [running for running in self._running if id(running) not in still]
 
     def _fill(self) -> Events:
-        """Lets in whoever is next, as long as there is room."""
-        while len(self._running) < self.plan.size and self._pack.has_room:
-            specs = [running.entrant.spec for running in self._running]
+        """Lets in whoever is next, as long as there is room: those that have passed a rung first.
+
+        In a pack that is filled together only once nobody moves.
+        """
+        if self._moving and self.plan.admission == "together":
+            return
+        while len(self._moving) < self.plan.size and self._pack.has_room:
+            if self._passed:
+                self._pack.resume(self._passed.pop(0).member)
+                continue
+            if self._is_full or (self._at_rung and self._is_whole(self._at_rung[0].member.spec)):
+                return  # the last of a cohort is on its way to the others
+            specs = [running.entrant.spec for running in self._moving]
             entrant = self._next_entrant(specs, [running.number for running in self._running])
             if entrant is None:
+                self._is_full = True
                 return
             yield from self._admit(entrant)
+
+    # ---------------------------------------------------------------- rungs
+
+    def _stops_at_rung(self, member: Member) -> bool:
+        """Whether a trial has come to a rung of its cohort."""
+        halves = self.books.setup.config.search.pruner == "halving"
+        return halves and member.spec.cohort is not None and member.steps_done in rungs(member.spec)
+
+    def _pass_rungs(self) -> Events:
+        """Lets the better trials of a cohort through a rung, and ends the others.
+
+        As soon as all of the cohort have begun, and all that are in this pack stand at a rung.
+        """
+        for cohort in sorted({r.member.spec.cohort or 0 for r in self._at_rung}):
+            of_it = [r for r in self._running if r.member.spec.cohort == cohort]
+            group = [r for r in self._at_rung if r.member.spec.cohort == cohort]
+            if len(group) < len(of_it) or not self._is_whole(group[0].member.spec):
+                continue
+            step = min(running.member.steps_done for running in group)
+            for running, stays in self._decided(group, step):
+                self._at_rung = [other for other in self._at_rung if other is not running]
+                if stays:
+                    self._passed.append(running)
+                else:
+                    yield from self._end(running, "pruned")
+
+    def _is_whole(self, spec: TrialSpec) -> bool:
+        """Whether all trials of a cohort have begun, or none of them can begin now."""
+        history = self.books.ledger.history()
+        begun = sum(trial.spec.cohort == spec.cohort for trial in history.trials)
+        return begun >= (spec.cohort_size or 0) or (self._is_full and not self._moving)
+
+    def _decided(self, group: Sequence[_Running], step: int) -> list[tuple[_Running, bool]]:
+        """Of the group's trials that stand at ``step``, whether each goes on."""
+        objective, spec = self.books.objective, group[0].member.spec
+        steps = rungs(spec)
+        mates = comparable(spec, self.books.ledger.settled())
+
+        def at(step: int, leave_out: _Running | None = None) -> list[Rival]:
+            of_group = [
+                Rival(running.member.spec.learning_rate, objective.lower(point))
+                for running in group
+                for point in running.member.curve
+                if point.step == step and running is not leave_out
+            ]
+            return rivals(objective, mates, step) + of_group
+
+        return [
+            (running, goes_on(
+                Rival(running.member.spec.learning_rate, objective.lower(running.member.curve[-1])),
+                at(step, running), steps.index(step), len(steps), len(at(steps[0])),
+            ))
+            for running in group
+            if running.member.steps_done == step
+        ]  # fmt: skip
+
+    # ---------------------------------------------------------------- one trial
 
     def _admit(self, entrant: Entrant) -> Events:
         prediction = self.books.setup.predict(entrant.spec)
@@ -137,8 +218,13 @@ class PackRun:
         if member.is_finished:
             yield from self._end(running, "complete")
         elif advance.point.evaluation is not None:
-            if self.books.report(entrant.trial, member.spec, member.curve, entrant.known):
-                yield from self._end(running, "pruned")
+            known: Settled = () if self._stops_at_rung(member) else entrant.known
+            ending = self.books.report(entrant.trial, member.spec, member.curve, known)
+            if ending is not None:
+                yield from self._end(running, *ending)
+            elif self._stops_at_rung(member):
+                self._pack.hold(member)
+                self._at_rung.append(running)
 
     def _end(self, running: _Running, outcome: Outcome, error: str | None = None) -> Events:
         trial = running.entrant.trial
@@ -181,4 +267,6 @@ class PackRun:
 
     def _leave(self, running: _Running) -> None:
         self._pack.release(running.member)
-        self._running = [one for one in self._running if one is not running]
+        self._is_full = False
+        for held in (self._running, self._at_rung, self._passed):
+            held[:] = [one for one in held if one is not running]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rsauto.config import StudyConfig
@@ -49,7 +49,7 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
             (spec.rank, spec.target_modules, spec.method) not in refused
         )
 
-    if config.search.sampler == "grid":
+    if config.search.strategy == "grid":
         return next(filter(is_new, space.grid()), None)
     known = [t for a in attempts if (t := _as_trial(space, a)) is not None]
     seeds = [_seed(config.training.seed, len(attempts), k) for k in range(NUM_DRAWS)]
@@ -77,9 +77,12 @@ def _draw(
 
 
 def _sampler(config: StudyConfig, seed: int) -> BaseSampler:
-    if config.search.sampler == "random":
+    startup = min(10, max(4, config.search.trials // 4))
+    if config.search.strategy == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(4, config.search.trials // 4)))
+    if config.search.strategy == "gp":
+        return GPSampler(seed=seed, n_startup_trials=startup)
+    return TPESampler(seed=seed, n_startup_trials=startup)
 
 
 def _seed(study_seed: int, num_attempts: int, redraw: int) -> int:

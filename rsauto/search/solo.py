@@ -58,5 +58,6 @@ def _train(
             books.abandon(trial)
             books.stop_if_asked()
         if point.evaluation is not None:
-            if books.report(trial, run.spec, run.curve, known):
-                return "pruned", None
+            ending = books.report(trial, run.spec, run.curve, known)
+            if ending is not None:
+                return ending

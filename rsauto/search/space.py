@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from optuna.distributions import (
@@ -29,6 +29,7 @@ from rsauto.scaling import (
     learning_rate_exponent,
     transferred_learning_rate,
 )
+from rsauto.search.band import Band
 from rsauto.training.schedule import steps_of_share
 
 Params = dict[str, Any]
@@ -61,6 +62,8 @@ class Space:
     max_length: int
     quant_bits: Literal[4, 8] | None = None
     """Of the base model, however it came to them."""
+    bands: Mapping[Method, Band] = field(default_factory=dict)
+    """Where a method's learning rates are searched; without one over their whole range."""
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """What the sampler chooses; a setting with one value is not part of the search."""
@@ -77,7 +80,7 @@ class Space:
         }
         rate = search.learning_rate
         if isinstance(rate, RateRange):
-            half = math.log2(rate.high / rate.low) / 2
+            half = self._half_searched()
             if half > 0:
                 choices["log2_lr_offset"] = FloatDistribution(-half, half)
         else:
@@ -197,18 +200,53 @@ class Space:
         return replace(self.default(), role="default_tuned", learning_rate=learning_rate)
 
     def centre(self, method: Method, rank: int) -> float:
-        """Where a learning-rate range is centred at ``rank``, by the prior of its scaling rule.
+        """Where a learning-rate range is centred at ``rank``, by the law of its scaling rule.
 
-        The geometric mean of the range at reference_rank, moved by `learning_rate_exponent`. No
-        law is assumed for AdaLoRA.
+        The geometric mean of the range at reference_rank, or what the study has found since, moved
+        by `rate_exponent`.
         """
+        if method in self.bands:
+            return self.bands[method].centre(rank)
         search = self.config.search
         assert isinstance(search.learning_rate, RateRange)
         middle = math.sqrt(search.learning_rate.low * search.learning_rate.high)
-        if method in ADALORA_METHODS:
-            return middle
-        exponent = learning_rate_exponent(SCALING_RULES[method], self.config.training.optimizer)
-        return transferred_learning_rate(middle, search.reference_rank, rank, exponent)
+        return self.transferred(method, middle, search.reference_rank, rank)
+
+    def transferred(self, method: Method, rate: float, rank: int, other_rank: int) -> float:
+        """A learning rate moved from one rank to another by the prior of the method's law."""
+        return transferred_learning_rate(rate, rank, other_rank, self.rate_exponent(method))
+
+    def has_law(self, method: Method) -> bool:
+        """Whether the learning rate is known to move with rank: not for AdaLoRA or Adafactor."""
+        return method not in ADALORA_METHODS and self.config.training.optimizer != "adafactor"
+
+    def rate_exponent(self, method: Method) -> float:
+        """Prior of the law, see `learning_rate_exponent`; 0 where there is none."""
+        if not self.has_law(method):
+            return 0.0
+        return learning_rate_exponent(SCALING_RULES[method], self.config.training.optimizer)
+
+    @property
+    def half_octaves(self) -> float:
+        """Half of the learning-rate range, in octaves."""
+        rate = self.config.search.learning_rate
+        low, high = (rate.low, rate.high) if isinstance(rate, RateRange) else (min(rate), max(rate))
+        return math.log2(high / low) / 2
+
+    def allowed_rate(self, rate: float) -> float:
+        """The rate as it is run: as a person would copy it, or the nearest of a list."""
+        chosen = self.config.search.learning_rate
+        if isinstance(chosen, RateRange):
+            return _copied(rate)
+        return min(chosen, key=lambda listed: abs(math.log(listed / rate)))
+
+    def _half_searched(self) -> float:
+        """Half width of the learning rates to sample from, the widest of all methods."""
+        halves = [
+            self.bands[m].half_octaves if m in self.bands else self.half_octaves
+            for m in self.config.search.method
+        ]
+        return max(halves)
 
     def moved_rate(self, spec: TrialSpec, rank: int) -> float:
         """The learning rate of a LoRA trial moved to another rank by the law of its rule."""

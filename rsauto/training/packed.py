@@ -121,6 +121,14 @@ class Pack:
         while self.parked and len(self.members) < (self.capacity or math.inf):
             self.members.append(self.parked.pop(0))
 
+    def hold(self, member: Member) -> None:
+        """Lets a member stand still, on the host, until it is resumed or released."""
+        self.release(member)
+
+    def resume(self, member: Member) -> None:
+        """Lets a member that was held go on where it stopped."""
+        self.members.append(member)
+
     def advance(self) -> list[Advance]:
         """One optimizer step of every member, and the evaluations that are due after it.
 

@@ -1,0 +1,145 @@
+"""How the best learning rate moves with rank, as trials show it: eta*(r) = eta*(r_0) (r / r_0)^s.
+
+Notation
+    r        rank;            rho = log2(r / r_0)
+    eta      learning rate;   x = log2(eta)
+    m        log2 of the best learning rate at r_0
+    s        the exponent of the law, whose prior is `scaling.learning_rate_exponent`
+
+Near its minimum over x the logarithm of the loss is taken to be a parabola of one width at all
+ranks, whose place moves with rank: ln L = f(rho) + c (x - m - s rho)^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsauto.intervals import t_quantile
+
+WINDOW_OCTAVES = 1.5
+"""How far from the best learning rate of its rank a trial may lie and still be on the parabola."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatePoint:
+    """A trial at full length."""
+
+    rank: int
+    rate: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateLaw:
+    """An exponent with its 95 % interval."""
+
+    exponent: float
+    half_width: float
+    num_trials: int
+    """Trials, or single sweeps, that it was fitted to."""
+
+    @property
+    def low(self) -> float:
+        return self.exponent - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.exponent + self.half_width
+
+    def contradicts(self, prior: float) -> bool:
+        """Whether the interval leaves out ``prior``."""
+        return not self.low <= prior <= self.high
+
+
+def vertex(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Where the parabola through three points with x_0 < x_1 < x_2 is least; None where the middle
+    one is not the lowest. It lies between the middles of the two intervals."""
+    (x0, x1, x2), (y0, y1, y2) = x, y
+    if not (y1 <= y0 and y1 <= y2) or y0 == y1 == y2:
+        return None
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (right - left) / (x2 - x0)
+    return (x0 + x1) / 2 - left / (2 * curvature)
+
+
+def best_rate(points: Sequence[tuple[float, float]]) -> float | None:
+    """The learning rate of least loss from (rate, loss) pairs of one rank, by `vertex` in ln loss.
+
+    None where there are fewer than three, or the lowest is at an end: the best may lie beyond.
+    """
+    sweep = sorted((rate, loss) for rate, loss in points if 0 < loss < math.inf)
+    if len(sweep) < 3:
+        return None
+    lowest = min(range(len(sweep)), key=lambda n: sweep[n][1])
+    if lowest in (0, len(sweep) - 1):
+        return None
+    near = sweep[lowest - 1 : lowest + 2]
+    found = vertex([math.log2(rate) for rate, _ in near], [math.log(loss) for _, loss in near])
+    return None if found is None else 2.0**found
+
+
+def fit_trials(points: Sequence[RatePoint]) -> RateLaw | None:
+    """The exponent from the trials of one study, with whatever rates it happened to try.
+
+    Least squares of ln L on 1, rho, rho^2, x, x^2, x rho (a response surface of second order, Box
+    and Wilson 1951), whose coefficients b_xx and b_xrho give s = -b_xrho / (2 b_xx); the interval
+    is that of the delta method with Student's t. None where there are too few trials, they say
+    nothing of x at two ranks, or the surface has no minimum over x.
+    """
+    near = _near_the_best([p for p in points if 0 < p.loss < math.inf])
+    ranks = {point.rank for point in near}
+    freedom = len(near) - 6
+    if freedom < 2 or len(ranks) < 3:
+        return None
+    x = np.log2([point.rate for point in near])
+    rho = np.log2([point.rank for point in near])
+    x, rho = x - x.mean(), rho - rho.mean()
+    design = np.stack([np.ones_like(x), rho, rho**2, x, x**2, x * rho], axis=1)
+    if np.linalg.cond(design) > 1e6:
+        return None
+    values = np.log([point.loss for point in near])
+    found, *_ = np.linalg.lstsq(design, values, rcond=None)
+    residual = values - design @ found
+    covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / freedom
+    b_xx, b_xrho = float(found[4]), float(found[5])
+    if b_xx <= 0:
+        return None
+    gradient = np.array([0, 0, 0, 0, b_xrho / (2 * b_xx**2), -1 / (2 * b_xx)])
+    deviation = math.sqrt(max(0.0, float(gradient @ covariance @ gradient)))
+    return RateLaw(
+        exponent=-b_xrho / (2 * b_xx),
+        half_width=t_quantile(freedom) * deviation,
+        num_trials=len(near),
+    )
+
+
+def fit_sweeps(best: Sequence[tuple[int, float]]) -> RateLaw | None:
+    """The exponent from (rank, best rate) pairs, a line through their logarithms.
+
+    Ordinary least squares with the usual interval of a slope. None with fewer than three pairs, or
+    one rank.
+    """
+    if len(best) < 3 or len({rank for rank, _ in best}) < 2:
+        return None
+    rho = np.log2([float(rank) for rank, _ in best])
+    x = np.log2([rate for _, rate in best])
+    rho = rho - rho.mean()
+    spread = float(rho @ rho)
+    slope = float(rho @ x) / spread
+    residual = x - x.mean() - slope * rho
+    freedom = len(best) - 2
+    deviation = math.sqrt(float(residual @ residual) / freedom / spread)
+    return RateLaw(exponent=slope, half_width=t_quantile(freedom) * deviation, num_trials=len(best))
+
+
+def _near_the_best(points: Sequence[RatePoint]) -> list[RatePoint]:
+    """Those within WINDOW_OCTAVES of the best of their rank."""
+    best: dict[int, RatePoint] = {}
+    for point in points:
+        if point.rank not in best or point.loss < best[point.rank].loss:
+            best[point.rank] = point
+    return [p for p in points if abs(math.log2(p.rate / best[p.rank].rate)) <= WINDOW_OCTAVES]
