@@ -24,6 +24,8 @@ class Outlook:
     """Largest that is expected of one more trial, as a share of the best objective."""
     is_worthwhile: bool
     """Whether that is as much as search.min_improvement."""
+    best: TrialSpec
+    """The trial with the most improvement expected."""
     best_for_its_time: TrialSpec
     """The trial with the most improvement expected for its time."""
 
@@ -31,10 +33,7 @@ class Outlook:
 def outlook(
     config: StudyConfig, space: Space, known: Known, objective: Objective
 ) -> Outlook | None:
-    """The outlook after the known trials; None while they are too few to tell.
-
-    Trials that have not ended count as having given what was expected: they are left out.
-    """
+    """The outlook after the known trials; None while they are too few to tell."""
     if config.search.strategy not in SHORT_SEARCHES:
         return None
     complete = [
@@ -47,7 +46,7 @@ def outlook(
     # The best ones decide what is left to gain, and a Gaussian process of more would take long.
     complete = sorted(complete, key=lambda entry: (entry[2], entry[1].number))[:MOST_TRIALS]
     trials = [(spec, value) for spec, _, value in complete]
-    found = candidates(space, trials, seed=config.training.seed)
+    found = candidates(space, trials, known.pending, seed=config.training.seed)
     if not found:
         return None
     best = min(value for _, value in trials)
@@ -59,5 +58,6 @@ def outlook(
     return Outlook(
         improvement=share,
         is_worthwhile=share >= config.search.min_improvement,
+        best=found[0].spec,
         best_for_its_time=chosen.spec,
     )

@@ -18,7 +18,7 @@ from rsauto.search.books import Books
 from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
 from rsauto.search.history import Settled
 from rsauto.search.pack_size import PackPlan
-from rsauto.search.pruning import Rival, comparable, goes_on, rivals, rungs
+from rsauto.search.pruning import Rival, cohort_of, comparable, goes_on, rivals, rungs
 from rsauto.search.write_up import packed_record
 from rsauto.training.member import Advance, Member
 from rsauto.training.packed import Pack
@@ -145,9 +145,9 @@ class PackRun:
 
         As soon as all of the cohort have begun, and all that are in this pack stand at a rung.
         """
-        for cohort in sorted({r.member.spec.cohort or 0 for r in self._at_rung}):
-            of_it = [r for r in self._running if r.member.spec.cohort == cohort]
-            group = [r for r in self._at_rung if r.member.spec.cohort == cohort]
+        for cohort in dict.fromkeys(cohort_of(r.member.spec) for r in self._at_rung):
+            of_it = [r for r in self._running if cohort_of(r.member.spec) == cohort]
+            group = [r for r in self._at_rung if cohort_of(r.member.spec) == cohort]
             if len(group) < len(of_it) or not self._is_whole(group[0].member.spec):
                 continue
             step = min(running.member.steps_done for running in group)
@@ -161,7 +161,7 @@ class PackRun:
     def _is_whole(self, spec: TrialSpec) -> bool:
         """Whether all trials of a cohort have begun, or none of them can begin now."""
         history = self.books.ledger.history()
-        begun = sum(trial.spec.cohort == spec.cohort for trial in history.trials)
+        begun = sum(cohort_of(trial.spec) == cohort_of(spec) for trial in history.trials)
         return begun >= (spec.cohort_size or 0) or (self._is_full and not self._moving)
 
     def _decided(self, group: Sequence[_Running], step: int) -> list[tuple[_Running, bool]]:

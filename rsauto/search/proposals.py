@@ -96,7 +96,9 @@ def _sampled(
     expected = outlook(config, space, known, objective)
     if expected is not None and not expected.is_worthwhile:
         return None
-    if config.search.strategy == "cost" and expected is not None:
+    if expected is not None and config.search.strategy == "transfer":
+        return expected.best
+    if expected is not None and config.search.strategy == "cost":
         return expected.best_for_its_time
     attempts = [Attempt(spec, record, objective.told(record)) for spec, record in known.settled]
     attempts += [Attempt(spec, None, None) for spec in known.pending]

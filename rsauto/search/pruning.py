@@ -125,9 +125,14 @@ def comparable(spec: TrialSpec, known: Settled) -> list[TrialRecord]:
         for other, record in known
         if record.outcome not in ("failed", "infeasible")
         and other.role == "search"
-        and (spec.cohort is None or other.cohort == spec.cohort)
+        and (spec.cohort is None or cohort_of(other) == cohort_of(spec))
         and (other.method in ADALORA_METHODS) == (spec.method in ADALORA_METHODS)
     ]
+
+
+def cohort_of(spec: TrialSpec) -> tuple[int, int] | None:
+    """What tells one cohort from another. A summit begins anew where its rank did not fit."""
+    return None if spec.cohort is None else (spec.cohort, spec.rank)
 
 
 def rivals(objective: Objective, records: Sequence[TrialRecord], step: int) -> list[Rival]:

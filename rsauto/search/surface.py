@@ -46,11 +46,16 @@ class Candidate:
 
 
 def candidates(
-    space: Space, trials: Sequence[tuple[TrialSpec, float]], seed: int
+    space: Space,
+    trials: Sequence[tuple[TrialSpec, float]],
+    pending: Sequence[TrialSpec],
+    seed: int,
 ) -> list[Candidate] | None:
     """Random points of the space with their expected improvement, best first.
 
     ``trials`` have the objective, lower is better, at full length. None where they are too few.
+    Those that are ``pending`` are taken to give what is expected of them (the kriging believer of
+    Ginsbourger, Le Riche and Carraro 2010), so that the next one keeps away from them.
     """
     distributions = space.distributions()
     known = [(p, value) for spec, value in trials if (p := space.params(spec)) is not None]
@@ -58,16 +63,24 @@ def candidates(
         return None
     at = np.array([_scaled(params, distributions) for params, _ in known])
     values = np.array([value for _, value in known])
-    drawn = _drawn(distributions, np.random.default_rng(seed))
-    gain = _expected_improvement(at, values, np.array([_scaled(p, distributions) for p in drawn]))
-    tried = {spec.configuration() for spec, _ in trials}
+    awaited = [p for spec in pending if (p := space.params(spec)) is not None]
+    drawn = _drawn(distributions, np.random.default_rng([seed, len(trials), len(pending)]))
+    gain = _expected_improvement(
+        at,
+        values,
+        np.array([_scaled(p, distributions) for p in awaited]).reshape(-1, at.shape[1]),
+        np.array([_scaled(p, distributions) for p in drawn]),
+    )
+    tried = {spec.configuration() for spec, _ in trials} | {s.configuration() for s in pending}
     found = [Candidate(space.spec(p), float(g)) for p, g in zip(drawn, gain, strict=True)]
     new = [one for one in found if one.spec.configuration() not in tried]
     return sorted(new, key=lambda one: -one.improvement)
 
 
-def _expected_improvement(at: Numbers, values: Numbers, where: Numbers) -> Numbers:
-    """EI at ``where`` (m, d) after ``values`` (n,) seen ``at`` (n, d)."""
+def _expected_improvement(
+    at: Numbers, values: Numbers, awaited: Numbers, where: Numbers
+) -> Numbers:
+    """EI at ``where`` (m, d) after ``values`` (n,) seen ``at`` (n, d), and others ``awaited``."""
     from scipy.stats import norm
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -81,7 +94,12 @@ def _expected_improvement(at: Numbers, values: Numbers, where: Numbers) -> Numbe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of a length is an answer too
         process.fit(at, values)
-    noise = float(process.kernel_.k2.noise_level) * scale**2
+    if len(awaited):
+        at = np.concatenate([at, awaited])
+        values = np.concatenate([values, process.predict(awaited)])
+        process = GaussianProcessRegressor(process.kernel_, optimizer=None, normalize_y=True)
+        process.fit(at, values)
+    noise = float(process.kernel_.k2.noise_level) * float(values.std()) ** 2
     best = float(process.predict(at).min())
     mean, deviation = process.predict(where, return_std=True)
     # Of the function itself: a repetition of the same point is no improvement.
