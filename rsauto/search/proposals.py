@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rsauto.config import StudyConfig
-from rsauto.records import TrialSpec
+from rsauto.records import Role, TrialSpec
 from rsauto.search.agenda import (
     num_begun,
     num_reserved,
+    num_tuning,
     opening_trial,
     reference_trial,
     refit_trial,
@@ -22,6 +23,9 @@ from rsauto.search.history import History, Known
 from rsauto.search.objective import Objective
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.space import Space
+
+REFERENCES: tuple[Role, ...] = ("default", "default_tuned")
+"""Trials that come one after another, each knowing how the one before it ended."""
 
 
 def next_spec(
@@ -42,19 +46,27 @@ def next_spec(
         return None
     lower = objective.lower_is_better
     reference = reference_trial(space, history.settled, lower)
-    if reference is not None:
+    if reference is not None and not _is_running(history, REFERENCES):
         return reference
     known = history.known_to(position, lookahead)
     first = opening_trial(space, known.settled, known.pending)
     if first is not None:
         return first
-    are_reserved = config.search.trials - num_begun(history) <= num_reserved(config)
+    num_kept = num_reserved(config)
+    if reference is not None:  # one of them runs elsewhere, and others may follow it
+        begun = sum(trial.spec.role == "default_tuned" for trial in history.trials)
+        num_kept += max(0, num_tuning(config.search) - begun)
+    are_reserved = config.search.trials - num_begun(history) <= num_kept
     if are_reserved and running:
         return None  # the last ones build on the results of all others
     last = [] if running else _last_trials(config, space, history, objective)
     if last and are_reserved:
         return last[0]
     return _sampled(config, space, known, objective) or (last[0] if last else None)
+
+
+def _is_running(history: History, roles: Sequence[Role]) -> bool:
+    return any(trial.record is None and trial.spec.role in roles for trial in history.trials)
 
 
 def _sampled(
