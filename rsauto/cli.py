@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rsauto.errors import InputError, RsautoError
 from rsauto.garbage import collection_paused
-from rsauto.stop import StopFlag
+from rsauto.study_command import quieten_libraries, run_study, run_worker
 
 if TYPE_CHECKING:
     from rsauto.config import StudyConfig
     from rsauto.memory.kinds import StepKind, StepSize
     from rsauto.plan_command import Request as PlanRequest
-    from rsauto.report.table import Study
-    from rsauto.report.verdict import Verdict
 
 app = typer.Typer(
     help="Find the LoRA rank, alpha and learning rate to fine-tune with under a memory budget.",
@@ -67,6 +62,10 @@ def study(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL [a journal in the study folder].")
     ] = None,
+    workers: Annotated[int, typer.Option(help="Processes: one a GPU, or as many on a CPU.")] = 1,
+    launcher: Annotated[
+        str, typer.Option(help="Who starts the workers: local, or ray for a Ray cluster.")
+    ] = "local",
     preset: Annotated[str | None, typer.Option(help="A preset of the study file.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
@@ -80,7 +79,23 @@ def study(
         options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}
         sets = [f"{key}={value}" for key, value in options.items() if value is not None]
         loaded = study_file.load(config, preset=preset, sets=[*(set_ or ()), *sets])
-        _run(loaded, out or Path("runs") / loaded.name, storage, as_json)
+        folder = out or Path("runs") / loaded.name
+        run_study(loaded, folder, storage, as_json, workers=workers, launcher=launcher)
+
+
+@app.command()
+def worker(
+    target: Annotated[
+        str,
+        typer.Argument(help="A study folder on this host, or the URL given as --storage."),
+    ],
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study in the storage, with a URL.")
+    ] = None,
+) -> None:
+    """Join a study as one more process, on this or another machine, until it is done."""
+    with _errors_shown():
+        run_worker(target, study)
 
 
 @app.command()
@@ -211,7 +226,7 @@ def init(
     """Look at a model and a dataset, and write a study file with a reason for every line."""
     with _errors_shown():
         typer.echo("loading libraries ...", err=True)
-        _quieten_libraries()
+        quieten_libraries()
         from rsauto.suggest import Wishes, write_study
 
         wishes = Wishes(
@@ -259,30 +274,6 @@ def run() -> None:
     app()
 
 
-def _run(config: StudyConfig, out: Path, storage: str | None, as_json: bool) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=as_json, soft_wrap=False)
-    console.print("loading libraries ...", style="dim")
-    stop = StopFlag()
-    with _signals_set(stop):
-        with collection_paused():
-            _quieten_libraries()
-            from rsauto.console import print_verdict, watch
-            from rsauto.report.table import load_study
-            from rsauto.report.verdict import judge
-            from rsauto.search.driver import study_events
-
-        ended = watch(study_events(config, out, storage=storage, stop=stop), config, console)
-    assert ended is not None
-    found = load_study(out)
-    verdict = judge(found.config, found.records, found.environment)
-    print_verdict(found, verdict, console)
-    console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")
-    if as_json:
-        typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))
-
-
 def _study_to_plan(
     path: Path | None, model: str | None, preset: str | None, sets: Sequence[str]
 ) -> StudyConfig | None:
@@ -308,7 +299,7 @@ def _plan(request: PlanRequest, as_json: bool) -> None:
     def announce(kind: StepKind, size: StepSize) -> None:
         typer.echo(tracing_line(str(request.settings["model"]), kind, size), err=True)
         with collection_paused():
-            _quieten_libraries()
+            quieten_libraries()
 
     found = request.plan(announce)
     console = Console(stderr=as_json, soft_wrap=False)
@@ -318,35 +309,6 @@ def _plan(request: PlanRequest, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**found.to_json(), **answered.result}, allow_nan=False))
     require_fit(found)
-
-
-def _result(study: Study, verdict: Verdict, seconds: float) -> dict[str, Any]:
-    """What `study --json` ends with; the four trials are whole records, or null."""
-    from rsauto.records import SETTLED_OUTCOMES
-
-    chosen = {
-        name: getattr(verdict, name) for name in ("best", "recommended", "default", "default_tuned")
-    }
-    return {
-        "out": str(study.folder),
-        "trials": sum(r.outcome in SETTLED_OUTCOMES for r in study.records),
-        **{name: record.to_json() if record else None for name, record in chosen.items()},
-        "seconds": round(seconds, 1),
-    }
-
-
-def _quieten_libraries() -> None:
-    """Progress bars and notes of the libraries would tear the live display."""
-    # PyTorch tells of every block freed while memory is measured that was there before.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # bitsandbytes, where installed, warns on import of kernels that training has no use for.
-    getLogger("bitsandbytes").setLevel(ERROR)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @contextmanager
@@ -365,21 +327,3 @@ def _errors_shown() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("rsauto: stopped at once; the same command continues.", err=True)
         raise typer.Exit(4) from None
-
-
-@contextmanager
-def _signals_set(stop: StopFlag) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the study to stop cleanly; a second one stops at once."""
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        print("stopping after this step, once more to stop at once ...", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

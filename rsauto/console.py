@@ -26,6 +26,7 @@ from rsauto.report.verdict import Verdict
 from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
     AllowanceRaised,
+    CrewNotice,
     Event,
     PackingDecided,
     PackShrank,
@@ -33,6 +34,7 @@ from rsauto.search.events import (
     Searching,
     Stage,
     StudyEnded,
+    TrialDropped,
     TrialSettled,
     TrialStarted,
     TrialStep,
@@ -96,8 +98,14 @@ class Display:
                 self.in_flight.start(event)
             case TrialStep():
                 self.in_flight.step(event)
-            case TrialSettled(record=record, num_settled=num_settled):
-                self._settled(record, num_settled)
+            case TrialSettled(record=record, num_settled=num_settled, worker=worker):
+                self._settled(record, num_settled, worker)
+            case TrialDropped(number=number):
+                self.in_flight.end(number)
+                line = f"{number:>4} was given to another worker while this one did not answer"
+                self.console.print(line, markup=False, highlight=False)
+            case CrewNotice(text=text):
+                self.console.print(text, markup=False, highlight=False)
             case AllowanceRaised(allowance=allowance, ranks=ranks):
                 self.console.print(allowance_line(allowance, ranks), markup=False, highlight=False)
             case PackingDecided(plan=plan):
@@ -123,10 +131,11 @@ class Display:
             self.console.print(f"{event.num_orphans} interrupted trial(s) will be run again")
         self.in_flight.begin(self.config.search.trials, event.num_settled)
 
-    def _settled(self, record: TrialRecord, num_settled: int) -> None:
+    def _settled(self, record: TrialRecord, num_settled: int, worker: str | None) -> None:
         if record.outcome == "complete" and self._is_better(record):
             self.best = record
-        self.console.print(trial_line(record, self.config), markup=False, highlight=False)
+        line = trial_line(record, self.config) + (f" by {worker}" if worker else "")
+        self.console.print(line, markup=False, highlight=False)
         self.in_flight.end(record.number)
         note = f"best {self._best_text()}, {self._time_left(num_settled)} left"
         self.in_flight.settled(num_settled, note)

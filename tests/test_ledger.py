@@ -25,10 +25,9 @@ from rsauto.search.ledger import (
     MEMORY,
     Ledger,
     build_pruner,
-    open_storage,
-    this_worker,
-    worker_lives,
 )
+from rsauto.search.liveness import this_worker, worker_lives
+from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 
 Records = Callable[..., TrialRecord]
@@ -158,7 +157,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from rsauto.records import TrialRecord, TrialSpec
-from rsauto.search.ledger import Ledger, open_storage
+from rsauto.search.ledger import Ledger
+from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 from optuna.trial import TrialState
 

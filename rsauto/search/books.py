@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from rsauto.errors import StudyInterrupted
@@ -49,8 +51,14 @@ class Books:
     def report(
         self, trial: optuna.Trial, spec: TrialSpec, curve: list[EvalPoint], known: Settled
     ) -> Ending | None:
-        """Tells Optuna the last point of a curve; how the trial ends there, None if it goes on."""
-        trial.report(self.objective.value(curve[-1]), curve[-1].step)
+        """Tells Optuna the last point of a curve; how the trial ends there, None if it goes on.
+
+        One that was given to another worker, because this one was taken for dead, ends, too.
+        """
+        try:
+            self.ledger.report(trial, self.objective.value(curve[-1]), curve[-1].step)
+        except UpdateFinishedTrialError:
+            return Ending("pruned")
         harm = self.harm(curve)
         if harm is not None:
             return harm
@@ -101,22 +109,51 @@ class Books:
 
     def keep_adapters(self) -> None:
         """Keeps the adapters of the best trials so far, one of which may be the answer."""
+        entries = self.folder.adapter_entries()
+        attempts = self.ledger.attempts()  # read after the entries: who was writing them is known
         ranked = sorted(
             (value, record.number)
-            for record in self.ledger.records()
+            for _, record in attempts.settled
             if (value := self.objective.lower_is_better(record)) is not None
         )
-        self.folder.keep_adapters([number for _, number in ranked[:KEPT_ADAPTERS]])
+        self.folder.remove_adapters(
+            entries,
+            kept=[number for _, number in ranked[:KEPT_ADAPTERS]],
+            running=[attempt.number for attempt in attempts.in_state(TrialState.RUNNING)],
+        )
 
     def stop_if_asked(self) -> None:
         """Raises StudyInterrupted once somebody has asked to stop."""
         if self.stop.requested:
             self.write_unfinished_report()
-            raise StudyInterrupted(
-                f"Stopped. {num_settled(self.ledger.settled())} trials are kept in "
-                f"{self.folder.path}; the same command continues."
-            )
+            raise StudyInterrupted(self.stopped_message())
+
+    def stopped_message(self) -> str:
+        return (
+            f"Stopped. {num_settled(self.ledger.settled())} trials are kept in "
+            f"{self.folder.path}; the same command continues."
+        )
 
     def write_unfinished_report(self) -> None:
         self.folder.write_records(self.ledger.records())
         write_report(self.folder.path)
+
+
+class WorkersBooks(Books):
+    """Those of a process that does not hold the study's folder: no report is its to write."""
+
+    def stopped_message(self) -> str:
+        return (
+            "Stopped. The study goes on without this worker; what it was at is run again by "
+            "another."
+        )
+
+    def write_unfinished_report(self) -> None:
+        pass
+
+
+class AdapterFolder(StudyFolder):
+    """A study's folder as a worker has it, or one that takes its place: for adapters alone."""
+
+    def write_records(self, records: Iterable[TrialRecord]) -> None:
+        pass

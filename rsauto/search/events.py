@@ -56,6 +56,22 @@ class TrialSettled:
     record: TrialRecord
     num_settled: int
     """Trials that count so far, this one included."""
+    worker: str | None = None
+    """Who ran it, where it was another process."""
+
+
+@dataclass(frozen=True)
+class TrialDropped:
+    """A trial of this process was given to another one, which took this one for dead."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class CrewNotice:
+    """Processes that help have started, or one of them has ended before the study did."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,8 @@ Event = (
     | TrialStarted
     | TrialStep
     | TrialSettled
+    | TrialDropped
+    | CrewNotice
     | AllowanceRaised
     | PackingDecided
     | PackShrank

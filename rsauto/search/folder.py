@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ class StudyFolder:
         self.records_file = path / "trials.jsonl"
         self.journal_file = path / "journal.log"
         self.adapters = path / "adapters"
+        self.id_file = path / ".study-id"
+        self.worker_logs = path / "workers"
+        self._lines: dict[int, str] = {}
 
     def check(self, config: StudyConfig) -> None:
         """Refuses a folder that cannot take this study. Changes nothing. Raises InputError."""
@@ -104,19 +108,43 @@ class StudyFolder:
         return found
 
     def write_records(self, records: Iterable[TrialRecord]) -> None:
-        write_text(self.records_file, "".join(dump_line(record) + "\n" for record in records))
+        records = list(records)
+        lines = {r.number: self._lines.get(r.number) or dump_line(r) + "\n" for r in records}
+        if lines.keys() != self._lines.keys() or not self.records_file.exists():
+            write_text(self.records_file, "".join(lines.values()))
+        self._lines = lines
+
+    def identity(self) -> str:
+        """A name by which others know this very folder, also where it is mounted elsewhere."""
+        if not self.id_file.exists():
+            write_text(self.id_file, uuid.uuid4().hex + "\n")
+        return self.id_file.read_text(encoding="utf-8").strip()
+
+    def is_the_one(self, identity: str) -> bool:
+        """Whether this is the folder of that name, and adapters can be put into it."""
+        try:
+            found = self.id_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return False
+        return found == identity and os.access(self.path, os.W_OK | os.X_OK)
 
     def adapter(self, number: int) -> Path:
         """Where the adapter of a trial is kept while it may still be the answer."""
         return self.adapters / f"{number:04d}"
 
-    def keep_adapters(self, numbers: Sequence[int]) -> None:
-        """Removes the adapters of all other trials, and what a killed process left half written."""
-        if not self.adapters.is_dir():
-            return
-        kept = {f"{number:04d}" for number in numbers}
-        for entry in self.adapters.iterdir():
-            if entry.name not in kept:
+    def adapter_entries(self) -> list[Path]:
+        """Adapters that are kept, and those that somebody is writing or has left half written."""
+        return list(self.adapters.iterdir()) if self.adapters.is_dir() else []
+
+    def remove_adapters(
+        self, entries: Iterable[Path], *, kept: Container[int], running: Container[int]
+    ) -> None:
+        """Removes entries but the adapters of trials that are kept, and all of running ones."""
+        for entry in entries:
+            digits = entry.name.lstrip(".")[:4]  # 0007, or .0007.1234.partial
+            number = int(digits) if digits.isdecimal() else None
+            is_whole = not entry.name.startswith(".")
+            if number not in running and not (is_whole and number in kept):
                 shutil.rmtree(entry, ignore_errors=True)
 
     def publish_adapter(self, number: int, name: str) -> Path:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from rsauto.config import StudyConfig, differences
+from rsauto.data import fingerprint
 from rsauto.errors import InputError
 from rsauto.search.folder import StudyFolder
 from rsauto.search.ledger import Ledger
+from rsauto.search.setup import Setup
 
 
-def claim(ledger: Ledger, config: StudyConfig, fingerprints: dict[str, str], out: Path) -> None:
+def claim(
+    ledger: Ledger,
+    config: StudyConfig,
+    fingerprints: dict[str, str],
+    memory_budget_bytes: int,
+    folder: StudyFolder,
+) -> None:
     """Writes settings and fingerprints into a new ledger, and refuses one that has others.
 
     The ledger itself says whose it is: a study folder can be lost, and one storage may serve many
     studies. Raises InputError that names the difference.
     """
-    stored = ledger.study.user_attrs
+    stored = ledger.attributes()
     if "config" in stored:
         changed = differences(StudyConfig.model_validate(stored["config"]), config)
         if changed:
@@ -31,9 +38,38 @@ def claim(ledger: Ledger, config: StudyConfig, fingerprints: dict[str, str], out
             f"name: the storage has a study {config.name!r} that rsauto did not make. "
             "Give this study another name."
         )
-    _require_same_inputs(stored.get("fingerprints", fingerprints), fingerprints, out)
-    ledger.study.set_user_attr("config", config.model_dump(mode="json"))
-    ledger.study.set_user_attr("fingerprints", fingerprints)
+    other = _changed(stored.get("fingerprints", fingerprints), fingerprints)
+    if other:
+        raise InputError(
+            f"--out {folder.path}: the {other} changed since this study was begun, so its trials "
+            "cannot be compared with new ones. Choose another --out, or put the old files back."
+        )
+    ledger.set_attribute("fingerprints", fingerprints)
+    ledger.set_attribute("memory_budget_bytes", memory_budget_bytes)
+    ledger.set_attribute("ended", None)
+    place = {"path": str(folder.path.resolve()), "identity": folder.identity()}
+    ledger.set_attribute("folder", place)
+    # Last: with it the study is there for workers to join.
+    ledger.set_attribute("config", config.model_dump(mode="json"))
+
+
+def require_equal_inputs(ledger: Ledger, fingerprints: dict[str, str], where: str) -> None:
+    """Refuses to work on a study with another model or other data. Raises InputError."""
+    changed = _changed(ledger.attributes()["fingerprints"], fingerprints)
+    if changed:
+        raise InputError(
+            f"{where}: the {changed} that this machine reads are not those that the study was "
+            "begun with, so trials run here could not be compared. Put the same files here, or set "
+            "model.revision and data.revision in the study file."
+        )
+
+
+def fingerprints_of(setup: Setup) -> dict[str, str]:
+    """Of what the results of a trial depend on beside its settings."""
+    found = {"model": setup.source.fingerprint, "data": setup.data.fingerprint}
+    if setup.data.general:
+        found["text of data.forgetting"] = fingerprint(setup.data.general)
+    return found
 
 
 def require_nothing_lost(folder: StudyFolder, ledger: Ledger) -> None:
@@ -62,11 +98,6 @@ def _number(line: str) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _require_same_inputs(before: dict[str, str], now: dict[str, str], out: Path) -> None:
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
-        raise InputError(
-            f"--out {out}: the {' and the '.join(changed)} changed since this study was begun, so "
-            "its trials cannot be compared with new ones. Choose another --out, or put the old "
-            "files back."
-        )
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    """What differs, in words; nothing where all is the same."""
+    return " and the ".join(name for name in now if before.get(name) != now[name])

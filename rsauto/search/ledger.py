@@ -1,36 +1,40 @@
 """The Optuna study as the ledger of record: every trial is written here before it counts.
 
 Each trial carries its full `TrialSpec` and, once settled, its `TrialRecord`. trials.jsonl is
-rebuilt from here, so a kill at any moment loses at most the trial that was running.
+rebuilt from here, so a kill at any moment loses at most the trial that was running. Any number of
+processes may write it at the same time (see `attempts`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
+import random
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import optuna
-import psutil
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
 from rsauto.config import SearchConfig, StudyConfig
-from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
-from rsauto.search.history import History, history_of
+from rsauto.search.attempts import Attempt, Attempts
+from rsauto.search.history import History
+from rsauto.search.liveness import Pulse, Watch, this_worker
 from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
+from rsauto.search.storage import patiently
 
 MEMORY, DIVERGENCE = "memory", "divergence"
 """Names of the constraints; a trial is feasible when every value is at most zero."""
+
+MOST_BACK_OFF_SECONDS = 0.5
+"""Before a proposal that another process was quicker with is followed by the next."""
 
 
 class Ledger:
@@ -38,6 +42,11 @@ class Ledger:
 
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
+        self._finished: dict[int, Attempt | None] = {}
+        self._last_read = Attempts(())
+        self._storage: BaseStorage = study._storage
+        self._watch = Watch(self._storage, study._study_id)
+        self._pulse = Pulse(self._storage)
 
     @classmethod
     def open(cls, storage: BaseStorage, config: StudyConfig) -> Ledger:
@@ -54,106 +63,189 @@ class Ledger:
         )
         return cls(study)
 
+    @classmethod
+    def join(cls, storage: BaseStorage, name: str) -> Ledger:
+        """A study that is there. Its pruner is that of its stored settings."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = patiently(lambda: optuna.load_study(study_name=name, storage=storage))
+        stored = study.user_attrs.get("config")
+        if stored is not None:
+            study.pruner = build_pruner(StudyConfig.model_validate(stored).search)
+        return cls(study)
+
+    def close(self) -> None:
+        """Ends the thread that tells others that this process lives."""
+        self._pulse.close()
+
+    # ---------------------------------------------------------------- what is there
+
+    def attempts(self) -> Attempts:
+        """The study as it is now. What is finished is parsed once: it does not change any more."""
+        found = [self._attempt(trial) for trial in self._trials()]
+        self._last_read = Attempts([attempt for attempt in found if attempt is not None])
+        return self._last_read
+
+    def _attempt(self, trial: FrozenTrial) -> Attempt | None:
+        if trial.number in self._finished:
+            return self._finished[trial.number]
+        attempt = Attempt.of(trial)
+        if trial.state.is_finished():
+            self._finished[trial.number] = attempt
+        return attempt
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        read = partial(self.study.get_trials, deepcopy=False, states=states or None)
+        return patiently(read)
+
     def records(self) -> list[TrialRecord]:
         """Every settled or refused trial, by number."""
         return [record for _, record in self.settled()]
 
     def settled(self) -> list[tuple[TrialSpec, TrialRecord]]:
         """Every record together with the spec it came from, by number."""
-        return [
-            (
-                TrialSpec.from_json(trial.user_attrs["spec"]),
-                TrialRecord.from_json(trial.user_attrs["record"]),
-            )
-            for trial in self.study.get_trials(deepcopy=False)
-            if "record" in trial.user_attrs and trial.state.is_finished()
-        ]
+        return self.attempts().settled
 
     def history(self) -> History:
         """Every trial that was begun, in the order of its first attempt."""
-        return history_of(
-            [
-                (
-                    trial.number,
-                    TrialSpec.from_json(trial.user_attrs["spec"]),
-                    TrialRecord.from_json(trial.user_attrs["record"])
-                    if "record" in trial.user_attrs and trial.state.is_finished()
-                    else None,
-                )
-                for trial in self.study.get_trials(deepcopy=False)
-                if "spec" in trial.user_attrs
-            ]
-        )
+        return self.attempts().history
 
     def waiting_spec(self) -> TrialSpec | None:
         """Of the trial that `begin` would run again, None where there is none."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        specs = [t.user_attrs["spec"] for t in waiting if "spec" in t.user_attrs]
-        return TrialSpec.from_json(specs[0]) if specs else None
+        waiting = self.attempts().in_state(TrialState.WAITING)
+        return waiting[0].begun.spec if waiting else None
+
+    def unfinished_specs(self) -> list[TrialSpec]:
+        """Specs of trials that are running somewhere or waiting to be run again."""
+        found = self.attempts().in_state(TrialState.RUNNING, TrialState.WAITING)
+        return [attempt.begun.spec for attempt in found]
+
+    def attributes(self) -> dict[str, Any]:
+        """What is stored of the study as a whole."""
+        return patiently(lambda: self.study.user_attrs)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        patiently(lambda: self.study.set_user_attr(name, value))
+
+    def num_running(self) -> int:
+        """Trials that some process is at."""
+        return len(self.attempts().in_state(TrialState.RUNNING))
 
     @property
     def lookahead(self) -> int | None:
         """How far proposals look ahead (see `history`), None before the first one."""
-        found: int | None = self.study.user_attrs.get("lookahead")
+        found: int | None = self.attributes().get("lookahead")
         return found
 
     def set_lookahead(self, lookahead: int) -> None:
         """A study continued elsewhere asks what it would have asked here."""
-        self.study.set_user_attr("lookahead", lookahead)
+        self.set_attribute("lookahead", lookahead)
 
-    def unfinished_specs(self) -> list[TrialSpec]:
-        """Specs of trials that are running somewhere or waiting to be run again."""
-        return [
-            TrialSpec.from_json(trial.user_attrs["spec"])
-            for trial in self.study.get_trials(
-                deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
-            )
-            if "spec" in trial.user_attrs
-        ]
+    # ---------------------------------------------------------------- beginning
 
     def begin(
-        self, propose: Callable[[], TrialSpec | None]
+        self, propose: Callable[[], TrialSpec | None], limit: int | None = None
     ) -> tuple[optuna.Trial, TrialSpec] | None:
         """The next trial, marked as running by this process: one to be run again, or a new one.
 
-        None when there is nothing to run again and ``propose`` has nothing more.
+        None when there is nothing to run again and ``propose`` has nothing more. A new one that
+        another process begins at the same moment, or that would be more than ``limit``, is given
+        up, and ``propose`` asked again.
         """
-        again = self._begin_again()
-        if again is not None:
-            return again
-        spec = propose()
-        return None if spec is None else self.begin_new(spec)
+        back_off = MOST_BACK_OFF_SECONDS / 16
+        while True:
+            trials = self._trials()
+            if any(trial.state == TrialState.WAITING for trial in trials):
+                again = self._begin_again(limit)
+                if again is not None:
+                    return again
+            spec = propose()
+            if spec is None:
+                return None
+            trial, spec = self.begin_new(spec, unseen=len(trials))
+            if not self._last_read.gives_way(trial.number, limit):
+                return trial, spec
+            self._withdraw(trial)
+            # Whoever are as quick as each other would otherwise go on proposing the same.
+            time.sleep(random.uniform(0, back_off))
+            back_off = min(2 * back_off, MOST_BACK_OFF_SECONDS)
 
-    def begin_new(self, spec: TrialSpec) -> tuple[optuna.Trial, TrialSpec]:
+    def begin_new(
+        self, spec: TrialSpec, unseen: int | None = None
+    ) -> tuple[optuna.Trial, TrialSpec]:
         """Starts a trial of ``spec``, whoever waits to be run again.
 
         It is added as a running one. Optuna's own way, to enqueue it and to ask, would give the
-        oldest that waits, or leave it to another process.
+        oldest that waits, or leave it to another process. Trials from the number ``unseen`` on were
+        not known when it was proposed.
         """
-        token = uuid.uuid4().hex
-        attributes = {"spec": spec.to_json(), "worker": this_worker(), "token": token}
-        self.study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=stored_params(spec),
-                distributions=dict(STORED_DISTRIBUTIONS),
-                user_attrs=attributes,
-            )
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=stored_params(spec),
+            distributions=dict(STORED_DISTRIBUTIONS),
+            user_attrs={"spec": spec.to_json(), "worker": this_worker(), "unseen": unseen},
         )
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        own = next(trial for trial in running if trial.user_attrs.get("token") == token)
-        return optuna.Trial(self.study, own._trial_id), spec
+        added = self._add(template)
+        self._pulse.add(added.trial_id)
+        return optuna.Trial(self.study, added.trial_id), spec
 
-    def _begin_again(self) -> tuple[optuna.Trial, TrialSpec] | None:
+    def _add(self, template: FrozenTrial) -> Attempt:
+        """Adds an attempt; its token tells whether that was done although no answer came."""
+        token = uuid.uuid4().hex
+        template.user_attrs = {**template.user_attrs, "token": token}
+        tried: list[bool] = []
+
+        def add() -> Attempt:
+            found = self.attempts().with_token(token) if tried else None
+            if found is None:
+                tried.append(True)
+                self.study.add_trial(template)
+                found = self.attempts().with_token(token)
+            assert found is not None, "what was added is there"
+            return found
+
+        return patiently(add)
+
+    def _begin_again(self, limit: int | None) -> tuple[optuna.Trial, TrialSpec] | None:
         """The next trial that waits to be run again, None where there is none."""
-        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            trial = self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
-            if "spec" in trial.user_attrs:
-                trial.set_user_attr("worker", this_worker())
+        ask = partial(self.study.ask, fixed_distributions=dict(STORED_DISTRIBUTIONS))
+        while self._trials(TrialState.WAITING):
+            trial = patiently(ask)
+            if "spec" not in trial.user_attrs:
+                # Another process has taken it meanwhile, and Optuna has made an empty one.
+                self._fail(trial.number)
+                continue
+            patiently(partial(trial.set_user_attr, "worker", this_worker()))
+            attempts = self.attempts()
+            if attempts.is_doubled(trial.number):
+                self._fail(trial.number)
+            elif attempts.gives_way(trial.number, limit):
+                self._withdraw(trial)
+            else:
+                self._pulse.add(trial._trial_id)
                 return trial, TrialSpec.from_json(trial.user_attrs["spec"])
-            # Another process has taken it meanwhile, and Optuna has made an empty one.
-            self.study.tell(trial, state=TrialState.FAIL)
         return None
+
+    def _withdraw(self, trial: optuna.Trial) -> None:
+        """Takes back a trial that was begun too much; it is no part of the study."""
+        with suppress(UpdateFinishedTrialError):
+            patiently(lambda: trial.set_user_attr("withdrawn", True))
+        self._fail(trial.number)
+        self._pulse.drop(trial._trial_id)
+
+    def _fail(self, number: int) -> bool:
+        """Ends a running trial without a result; False where another process has ended it."""
+        try:
+            patiently(lambda: self.study.tell(number, state=TrialState.FAIL))
+        except (ValueError, UpdateFinishedTrialError):
+            return False
+        return True
+
+    # ---------------------------------------------------------------- ending
+
+    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+        """Tells Optuna a point of a curve. Raises UpdateFinishedTrialError when the trial was
+        given to another process."""
+        patiently(lambda: trial.report(value, step))
 
     def settle(
         self,
@@ -167,20 +259,39 @@ class Ledger:
         """Writes constraints, then the record, then finishes the trial.
 
         With the record written the trial is as good as settled: should the process die before
-        the last write, `recover_orphans` makes it up.
+        the last write, `recover_orphans` makes it up. The result of a trial that was given to
+        another process meanwhile is dropped.
         """
-        for name, violation in constraints.items():
-            trial.set_constraint(name, violation)
         value = value if state == TrialState.COMPLETE else None
-        trial.set_user_attr("verdict", {"state": state.name, "value": value})
-        trial.set_user_attr("record", record.to_json())
-        self.study.tell(trial, value, state=state)
+
+        def write() -> None:
+            for name, violation in constraints.items():
+                if name not in trial.constraints:
+                    trial.set_constraint(name, violation)
+            trial.set_user_attr("verdict", {"state": state.name, "value": value})
+            trial.set_user_attr("record", record.to_json())
+            self.study.tell(trial, value, state=state)
+
+        try:
+            patiently(write)
+        except (ValueError, UpdateFinishedTrialError):
+            if not self._is_finished(trial):
+                raise
+        finally:
+            self._pulse.drop(trial._trial_id)
+
+    def _is_finished(self, trial: optuna.Trial) -> bool:
+        return self._trials()[trial.number].state.is_finished()
 
     def abandon(self, trial: optuna.Trial, spec: TrialSpec) -> None:
         """Gives up a running trial without a result and puts it back to be run again."""
-        self._requeue(trial.number, spec)
+        self._pulse.drop(trial._trial_id)
+        if self._fail(trial.number):
+            self._put_back(trial.number, spec)
 
-    def recover_orphans(self, *, is_alone: bool = False) -> int:
+    # ---------------------------------------------------------------- recovering
+
+    def recover_orphans(self, *, is_alone: bool = False, limit: int | None = None) -> int:
         """Puts trials of processes that no longer live back to be run again; how many there were.
 
         An orphan is failed, not retried in place: a retried trial would inherit what the dead
@@ -188,78 +299,44 @@ class Ledger:
         Called before this process starts a trial, so one of its own is left from an earlier call.
         ``is_alone`` says that no other process can be at this study, on whatever host it was.
         """
-        orphans = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if is_alone or not worker_lives(trial.user_attrs.get("worker"))
-        ]
-        for trial in orphans:
-            self._recover(trial)
-        return sum("record" not in trial.user_attrs for trial in orphans)
+        running = self._trials(TrialState.RUNNING)
+        orphans = running if is_alone else patiently(lambda: self._watch.orphans(running))
+        for orphan in orphans:
+            self._end(orphan, limit)
+        lost = list(self.attempts().lost())
+        for attempt in lost:
+            self._put_back(attempt.number, attempt.begun.spec)
+        return len(lost)
 
-    def _recover(self, trial: FrozenTrial) -> None:
-        if "record" in trial.user_attrs:
-            told = trial.user_attrs["verdict"]
-            self.study.tell(trial.number, told["value"], state=TrialState[told["state"]])
-        elif "spec" in trial.user_attrs:
-            self._requeue(trial.number, TrialSpec.from_json(trial.user_attrs["spec"]))
+    def _end(self, orphan: FrozenTrial, limit: int | None) -> None:
+        """Takes a trial from its dead process; `recover_orphans` then finds it lost."""
+        attempts = self.attempts()
+        if "record" in orphan.user_attrs:
+            told = orphan.user_attrs["verdict"]
+            state = TrialState[told["state"]]
+            with suppress(ValueError, UpdateFinishedTrialError):
+                patiently(lambda: self.study.tell(orphan.number, told["value"], state=state))
+        elif (
+            "spec" in orphan.user_attrs
+            and not attempts.is_doubled(orphan.number)
+            and attempts.gives_way(orphan.number, limit)
+        ):
+            self._withdraw(optuna.Trial(self.study, orphan._trial_id))
         else:
-            self.study.tell(trial.number, state=TrialState.FAIL)
+            self._fail(orphan.number)
 
-    def _requeue(self, number: int, spec: TrialSpec) -> None:
-        # Put back first, so that a kill between the two writes cannot lose the trial; coming here
-        # again for it finds the entry and adds no second one.
-        waiting = [s.retry_of for s in self.unfinished_specs()]
-        if number not in waiting:
-            self._enqueue(replace(spec, retry_of=number))
-        self.study.tell(number, state=TrialState.FAIL)
-
-    def _enqueue(self, spec: TrialSpec) -> None:
-        self.study.enqueue_trial(stored_params(spec), user_attrs={"spec": spec.to_json()})
-
-
-def drop_stale_lock(journal: Path) -> None:
-    """Removes the journal's lock. Only for who holds the folder, so that nobody else can have it.
-
-    Optuna waits half a minute before it takes the lock of a killed process.
-    """
-    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-
-
-def open_storage(url: str | None, journal: Path) -> BaseStorage:
-    """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
-    try:
-        if url is None:
-            drop_torn_line(journal)
-            # Absolute: Optuna's lock is a link to this path, and a relative one, left behind by a
-            # killed process, would point nowhere and be waited for without end.
-            return JournalStorage(JournalFileBackend(str(journal.resolve())))
-        return optuna.storages.get_storage(url)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{journal}: the journal is damaged ({error}). Bring back a copy of it, or choose "
-            "another --out to begin anew; trials.jsonl still holds the records."
-        ) from None
-    except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"--storage {url or journal}: the study storage cannot be opened: {reason}. "
-            "Give a database URL such as postgresql://user@host/name or sqlite:///file.db."
-        ) from None
-
-
-def drop_torn_line(journal: Path) -> None:
-    """Cuts off a last line that was not written to its end.
-
-    A full disk or a power cut can leave half an entry. Optuna leaves it unread, but would write the
-    next one right behind it, and neither could be read again.
-    """
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with open(journal, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+    def _put_back(self, number: int, spec: TrialSpec) -> None:
+        spec = replace(spec, retry_of=number)
+        template = create_trial(
+            state=TrialState.WAITING,
+            # As Optuna enqueues a trial, so that `ask` takes its settings from there.
+            system_attrs={"fixed_params": stored_params(spec)},
+            user_attrs={"spec": spec.to_json()},
+        )
+        added = self._add(template)
+        if self._last_read.is_doubled(added.number):
+            with suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_state_values(added.trial_id, TrialState.FAIL)
 
 
 def build_pruner(search: SearchConfig) -> BasePruner:
@@ -269,24 +346,3 @@ def build_pruner(search: SearchConfig) -> BasePruner:
     if search.pruner == "halving":
         return SuccessiveHalvingPruner(reduction_factor=3)
     return NopPruner()
-
-
-def this_worker() -> dict[str, Any]:
-    """Names this process so that another can tell whether it still lives."""
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "born": psutil.Process(pid).create_time()}
-
-
-def worker_lives(worker: dict[str, Any] | None) -> bool:
-    """Whether another process may still be at a trial; one on another host is trusted to be."""
-    if worker is None or worker == this_worker():
-        return False
-    if worker["host"] != socket.gethostname():
-        return True
-    try:
-        process = psutil.Process(worker["pid"])
-        same = abs(process.create_time() - worker["born"]) < 1.0
-        # A killed process stays a zombie where nobody waits for it, as in many containers.
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

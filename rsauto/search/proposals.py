@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rsauto.config import StudyConfig
-from rsauto.records import TrialSpec
+from rsauto.records import Role, TrialSpec
 from rsauto.search.agenda import (
     num_begun,
     num_searched,
@@ -27,6 +27,9 @@ from rsauto.search.outlook import Outlook, outlook
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.space import Space
 from rsauto.search.transfer import narrowed, transfer_trial
+
+REFERENCES: tuple[Role, ...] = ("default", "default_tuned")
+"""Trials that come one after another, each knowing how the one before it ended."""
 
 
 def next_spec(

@@ -114,10 +114,15 @@ def _run_record(
         flops=run.flops or None,
         predicted_peak_bytes=prediction.peak_bytes,
         predicted_reserved_bytes=prediction.reserved_bytes,
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=worker_name(),
         started_at=run.started_at,
         error=error,
     )
+
+
+def worker_name() -> str:
+    """This process, as records name it."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> TrialRecord:
@@ -132,7 +137,7 @@ def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> Tri
         num_trainable_params=smallest.num_trainable_params,
         predicted_peak_bytes=smallest.peak_bytes,
         predicted_reserved_bytes=smallest.reserved_bytes,
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=worker_name(),
         started_at=now(),
         error="does not fit the memory budget",
     )

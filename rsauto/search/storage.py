@@ -1,0 +1,192 @@
+"""Where a study is stored: Optuna's journal file or a database, and what can go wrong with them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from rsauto.errors import InputError, StudyInterrupted
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 30
+"""Between two signs of life of a running trial, in a database."""
+
+SILENT_BEATS = 4
+"""Heartbeats a trial of another host may miss before it is run again elsewhere."""
+
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Seconds before each new attempt at a database that does not answer."""
+
+_TRANSIENT = (StorageInternalError, SQLAlchemyError)
+
+
+def open_storage(
+    url: str | None, journal: Path, *, heartbeat_seconds: int = HEARTBEAT_SECONDS
+) -> BaseStorage:
+    """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
+    try:
+        if url is None:
+            return _journal_storage(journal)
+        return _database(driver_url(url), heartbeat_seconds)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{journal}: the journal is damaged ({error}). Bring back a copy of it, or choose "
+            "another --out to begin anew; trials.jsonl still holds the records."
+        ) from None
+    except InputError:
+        raise
+    except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise InputError(
+            f"--storage {shown(url) if url else journal}: the study storage cannot be opened: "
+            f"{reason}. Give a database URL such as postgresql://user@host/name or "
+            "sqlite:///file.db."
+        ) from None
+
+
+def _database(url: str, heartbeat_seconds: int) -> BaseStorage:
+    # SQLite has one writer at a time: the others wait their turn instead of giving up.
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RDBStorage(
+            url,
+            engine_kwargs=options,
+            heartbeat_interval=heartbeat_seconds,
+            grace_period=SILENT_BEATS * heartbeat_seconds,
+        )
+
+
+def driver_url(url: str) -> str:
+    """The URL with the database driver that is installed. Raises InputError where none is.
+
+    SQLAlchemy takes postgresql:// to mean psycopg2.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("postgres", "postgresql"):
+        return url
+    for driver in ("psycopg", "psycopg2"):
+        if find_spec(driver) is not None:
+            return f"postgresql+{driver}://{rest}"
+    raise InputError(
+        f"--storage {shown(url)}: PostgreSQL needs a driver. Run pip install 'rsauto[postgres]'."
+    )
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return url
+
+
+def patiently(call: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
+    """What ``call`` returns, asked again a few times where the database does not answer.
+
+    ``call`` may have been carried out although its answer was lost, so it must bear being done
+    twice. Raises StudyInterrupted when the last attempt fails too.
+    """
+    for pause in pauses:
+        try:
+            return call()
+        except _TRANSIENT:
+            time.sleep(pause)
+    try:
+        return call()
+    except _TRANSIENT as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise StudyInterrupted(
+            f"The study's storage does not answer any more: {reason}. Settled trials are safe; "
+            "run the same command again when it does."
+        ) from None
+
+
+class JournalLock(BaseJournalFileLock):
+    """One writer of a journal at a time.
+
+    Optuna's own locks are files that stay behind when their holder is killed; this one the kernel
+    gives back at once.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(f".{journal.name}.writer")
+        self._file: BufferedRandom | None = None
+
+    def acquire(self) -> bool:
+        self._file = open(self._path, "a+b")  # closed by `release`
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _journal_storage(journal: Path) -> BaseStorage:
+    journal = journal.resolve()
+    lock = JournalLock(journal)
+    lock.acquire()
+    try:
+        drop_torn_line(journal)
+    finally:
+        lock.release()
+    backend: BaseJournalBackend = JournalFileBackend(str(journal), lock_obj=lock)
+    return JournalStorage(backend)
+
+
+def drop_torn_line(journal: Path) -> None:
+    """Cuts off a last line that was not written to its end. Only for who holds the lock.
+
+    A full disk or a power cut can leave half an entry. Optuna leaves it unread, but would write the
+    next one right behind it, and neither could be read again.
+    """
+    if not journal.exists():
+        return
+    with open(journal, "r+b") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+class JournalUsers:
+    """Who works with a journal at this moment, told by a lock that all of them share.
+
+    The kernel takes it from a process that dies, so nobody is counted who does not live.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(f".{journal.name}.users")
+        self._file: Any = None
+
+    def join(self) -> bool:
+        """Counts this process in; whether it is the only one."""
+        self._file = open(self._path, "a+b")
+        is_alone = False
+        with suppress(BlockingIOError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = True
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        return is_alone
+
+    def leave(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

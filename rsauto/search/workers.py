@@ -1,0 +1,188 @@
+"""A worker: one more process at a study that another one holds the folder of.
+
+All it needs is in the study's storage: configuration, what the untouched model scores, and every
+record. Its adapters go to the study's folder where it can see it; elsewhere they are not kept, and
+whoever holds the folder trains again those that are the answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+
+from rsauto.config import StudyConfig
+from rsauto.errors import InputError, nearest
+from rsauto.search.agenda import num_settled
+from rsauto.search.bench import load_bench, with_baseline
+from rsauto.search.books import AdapterFolder, WorkersBooks
+from rsauto.search.driver import disk_errors
+from rsauto.search.events import Event, Planned, Searching, Stage, StudyEnded
+from rsauto.search.folder import StudyFolder
+from rsauto.search.identity import fingerprints_of, require_equal_inputs
+from rsauto.search.ledger import Ledger
+from rsauto.search.objective import Objective
+from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
+from rsauto.search.storage import JournalUsers, open_storage, patiently, shown
+from rsauto.search.work import Work
+from rsauto.stop import StopFlag
+from rsauto.units import bytes_text
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A study in a storage that this process may work on."""
+
+    where: str
+    """How the user named it."""
+    ledger: Ledger
+    config: StudyConfig
+    users: JournalUsers | None
+
+    def leave(self) -> None:
+        self.ledger.close()
+        if self.users is not None:
+            self.users.leave()
+
+
+def join_study(target: str, name: str | None = None) -> Joined:
+    """Opens the study in the folder or storage ``target``.
+
+    Raises InputError when it cannot be reached, has no study of that name, or one that rsauto did
+    not begin.
+    """
+    if "://" in target:
+        where = shown(target)
+        return _joined(where, open_storage(target, Path()), name, None)
+    folder = StudyFolder(Path(target))
+    if not folder.journal_file.is_file():
+        raise InputError(
+            f"{target}: is no study folder with a journal. Give a folder such as runs/embedded, "
+            "or, where the study's storage is a database, its URL and --study NAME."
+        )
+    users = JournalUsers(folder.journal_file)
+    users.join()
+    storage = open_storage(None, folder.journal_file)
+    names = optuna.get_all_study_names(storage)
+    return _joined(target, storage, name or (names[0] if names else None), users)
+
+
+def _joined(
+    where: str, storage: BaseStorage, name: str | None, users: JournalUsers | None
+) -> Joined:
+    names = patiently(lambda: optuna.get_all_study_names(storage))
+    there = f"It has: {', '.join(sorted(names))}." if names else "It has none."
+    if name is None:
+        raise InputError(f"--study: must name the study of {where} to work on. {there}")
+    if name not in names:
+        raise InputError(
+            f"--study {name}: the storage {where} has no such study.{nearest(name, names)} {there} "
+            "rsauto study begins one."
+        )
+    ledger = Ledger.join(storage, name)
+    stored = ledger.attributes().get("config")
+    if stored is None:
+        raise InputError(
+            f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
+            f"study with --storage {where} first."
+        )
+    return Joined(where, ledger, StudyConfig.model_validate(stored), users)
+
+
+def worker_events(joined: Joined, *, stop: StopFlag | None = None) -> Iterator[Event]:
+    """Works on a study until it is done.
+
+    Raises InputError or BudgetError (nothing was started), StudyInterrupted when it is asked to
+    stop, AllTrialsFailedError when no trial gave a result.
+    """
+    try:
+        with _adapter_folder(joined.ledger) as (folder, is_shared):
+            with disk_errors(folder):
+                yield from WorkerRun(joined, folder, stop or StopFlag()).events(is_shared)
+    finally:
+        joined.leave()
+
+
+class WorkerRun:
+    """One worker's part of a study."""
+
+    def __init__(self, joined: Joined, folder: AdapterFolder, stop: StopFlag) -> None:
+        self.joined = joined
+        self.ledger = joined.ledger
+        self.folder = folder
+        self.stop = stop
+        self.stored: dict[str, Any] = {}
+        self.begin = time.monotonic()
+
+    def events(self, is_shared: bool) -> Iterator[Event]:
+        """Everything from reading the data to the study's end."""
+        yield Stage("reading model and data")
+        setup = self._set_up()
+        yield Planned(setup)
+        require_equal_inputs(self.ledger, fingerprints_of(setup), self.joined.where)
+        kept = "its adapters go to" if is_shared else "its adapters are not kept, for want of"
+        yield Stage(f"{kept} the study's folder; loading the model")
+        books = WorkersBooks(setup, self.folder, self.ledger, self.stop)
+        books.stop_if_asked()
+        bench, baseline = with_baseline(load_bench(setup), setup, self.ledger)
+        books.objective = Objective.of(setup.config.search, baseline)
+        yield Searching(num_settled(self.ledger.settled()), 0)
+
+        def between() -> Iterator[Event]:
+            if self.ledger.attributes()["config"] != self.stored:
+                books.setup = with_allowance(self._set_up(), work.allowance.share)
+                yield Planned(books.setup)
+
+        work = Work(books, bench, is_shared=True, between=between, begin=self.begin)
+        gc.collect()
+        gc.freeze()
+        try:
+            yield from work.raise_allowance()
+            reason = yield from work.events()
+        finally:
+            gc.unfreeze()
+        said = f"{reason}; this worker ran {work.num_own} trials"
+        yield StudyEnded(self.folder.path, time.monotonic() - self.begin, said)
+
+    def _set_up(self) -> Setup:
+        """The study as its storage has it now: whoever holds the folder may have widened it."""
+        attributes = self.ledger.attributes()
+        self.stored = attributes["config"]
+        config = StudyConfig.model_validate(self.stored)
+        if config.memory_budget != "auto":
+            return set_up(config)
+        # A plan is for one budget, that of the device on which the study was begun.
+        budget = attributes["memory_budget_bytes"]
+        setup = set_up(config.model_copy(update={"memory_budget": budget}))
+        has = device_bytes(setup.device)
+        if setup.device.type == "cuda" and has < budget:
+            raise InputError(
+                f"memory_budget: the study was begun on a device of {bytes_text(budget)}, and the "
+                f"one here has {bytes_text(has)}. Give memory_budget in the study file, so that "
+                "every worker can hold it."
+            )
+        return setup
+
+
+def _adapter_folder(ledger: Ledger) -> AbstractContextManager[tuple[AdapterFolder, bool]]:
+    """Where adapters go, and whether that is the study's own folder."""
+    place = ledger.attributes().get("folder", {})
+    folder = AdapterFolder(Path(place.get("path", "")))
+    if place and folder.is_the_one(place["identity"]):
+        return nullcontext((folder, True))
+    return _Scratch()
+
+
+class _Scratch(TemporaryDirectory[str]):
+    """A folder for adapters that nobody will see."""
+
+    def __enter__(self) -> tuple[AdapterFolder, bool]:  # type: ignore[override]
+        return AdapterFolder(Path(super().__enter__())), False
