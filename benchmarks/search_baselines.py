@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,7 +171,7 @@ def schedule(optimizer: torch.optim.Optimizer, ground: Ground) -> torch.optim.lr
 
 def points_of(
     ground: Ground, rank: int, learning_rate: float, seed: int, *, test: bool = False
-) -> Iterator[Point]:
+) -> Generator[Point, None, None]:
     """Trains one trial in a plain loop, yielding at its evaluations; close it to prune the trial.
 
     Ends early where a validation loss is not finite. With ``test`` the last point has the test

@@ -44,7 +44,7 @@ class SearchTrainer(Trainer):
     ground: Ground
     num_tokens = 0
 
-    def _get_train_sampler(self, _dataset: Any = None) -> list[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         training, num_rows = self.ground.training, len(self.ground.bench.data.train)
         plan = batch_plan(num_rows, training.batch_size, self.ground.steps, self.args.seed)
         return list(itertools.chain.from_iterable(plan))
@@ -65,7 +65,7 @@ class SearchTrainer(Trainer):
         return super().training_step(model, inputs, *rest, **named)
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Puts adapters on for Trainer's search, and keeps the books of what it trains."""
 
     def __init__(self, ground: Ground, seed: int, progress: Progress, tokens: int, seconds: float):
@@ -98,7 +98,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             remove_adapter(self.adapted)
             self.adapted = None
 
-    def on_evaluate(self, args: Any, state: Any, _control: Any, **named: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         assert self.trainer is not None
         self.progress.trained(self.number, self.trainer.num_tokens)
         if state.global_step == self.ground.steps:
