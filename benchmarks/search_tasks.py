@@ -24,11 +24,12 @@ RANKS = (2, 4, 8, 16, 32, 64, 128)
 RSAUTO: dict[str, Any] = {
     "name": "benchmark",
     "memory_budget": "4GiB",  # nothing is refused
-    "search": {"trials": 26, "method": "rslora", "alpha": [ALPHA], "seeds": 1},
+    "search": {"method": "rslora", "alpha": [ALPHA], "seeds": 1},
+    "training": {"num_evals": 8},  # rungs at an eighth, a quarter and a half of a trial
 }
 LEVERS: dict[str, dict[str, Any]] = {
     "rsauto": {},
-    "no-transfer": {"search": {"sampler": "tpe"}},
+    "no-transfer": {"search": {"strategy": "tpe"}},
     "no-halving": {"search": {"pruner": "none"}},
     "no-packing": {"packing": {"mode": "off"}},
 }
@@ -46,13 +47,13 @@ class Task:
     learning_rates: tuple[float, ...]
     evaluation_rows: int
     ranks: tuple[int, ...] = RANKS
-    trials: int = 26
+    trials: int = 30
     """Of rsauto's study."""
     test_file: Path | None = None
     """JSON lines; None is the embedded task's own test split."""
 
-    def config(self, seed: int, lever: str = "rsauto") -> StudyConfig:
-        """The study of one seed, on the space of the grid."""
+    def config(self, seed: int, lever: str | None = None) -> StudyConfig:
+        """The study of one seed, on the space of the grid; without a lever what all share."""
         ranks = {"low": self.ranks[0], "high": self.ranks[-1]}
         rates = {"low": self.learning_rates[0], "high": self.learning_rates[-1]}
         own = {
@@ -61,7 +62,8 @@ class Task:
             "training": {**self.training, "seed": seed},
             "search": {"trials": self.trials, "rank": ranks, "learning_rate": rates},
         }
-        return StudyConfig.model_validate(merged(RSAUTO, own, LEVERS[lever]))
+        parts = [own] if lever is None else [own, RSAUTO, LEVERS[lever]]
+        return StudyConfig.model_validate(merged({"memory_budget": "4GiB"}, *parts))
 
     @property
     def identity(self) -> str:

@@ -137,14 +137,12 @@ def refit_trial(space: Space, settled: Settled, objective: Objective) -> TrialSp
     uniform = _best(settled, objective, ("rslora",))
     like = space.middle(spec.rank, "rslora") if uniform is None else uniform[0]
     return replace(
-        like,
+        _again(like),
         role="refit",
         rank=spec.rank,
         target_modules=spec.target_modules,
         learning_rate=space.moved_rate(like, spec.rank),
         rank_pattern=pattern,
-        micro_batch_size=None,
-        retry_of=None,
     )
 
 
@@ -224,7 +222,7 @@ def seed_trials(
     first = space.config.training.seed
     done = {(spec.configuration(), spec.seed) for spec, _ in settled}
     return [
-        replace(spec, role="seed", seed=first + k, micro_batch_size=None, retry_of=None)
+        replace(_again(spec), role="seed", seed=first + k)
         for k in range(1, extra + 1)
         for spec in finalists(space, settled, objective, within)
         if (spec.configuration(), first + k) not in done
@@ -257,6 +255,11 @@ def finalists(
     chosen += sorted(searched, key=lambda entry: entry[0])
     unique = {spec.configuration(): spec for _, spec, _ in chosen}
     return list(unique.values())[:MAX_FINALISTS]
+
+
+def _again(spec: TrialSpec) -> TrialSpec:
+    """The settings of a trial, for one of its own: what only that run had is left out."""
+    return replace(spec, cohort=None, cohort_size=None, micro_batch_size=None, retry_of=None)
 
 
 def _cost(record: TrialRecord) -> float:

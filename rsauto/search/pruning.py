@@ -146,7 +146,7 @@ def rivals(objective: Objective, records: Sequence[TrialRecord], step: int) -> l
 
 
 def _may_end(spec: TrialSpec, step: int, known: Settled) -> bool:
-    if spec.cohort is not None:  # one of a cohort always goes on
+    if spec.role == "search" and spec.cohort is not None:  # one of a cohort always goes on
         return step < spec.steps
     return may_prune(spec, step, known)
 
