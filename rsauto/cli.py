@@ -21,6 +21,7 @@ import typer
 
 from rsauto.errors import InputError, RsautoError
 from rsauto.garbage import collection_paused
+from rsauto.launched import is_follower, num_processes
 from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def study(
 ) -> None:
     """Search rank, alpha and learning rate. The same command continues an interrupted study."""
     with _errors_shown():
+        if is_follower():
+            _quieten_libraries()
+            from rsauto.search.follow import follow
+
+            return follow()
         from rsauto import study_file
 
         options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}
@@ -372,7 +378,8 @@ def _signals_set(stop: StopFlag) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the study to stop cleanly; a second one stops at once."""
 
     def ask(_number: int, _frame: FrameType | None) -> None:
-        if stop.requested:
+        # A launcher passes on what the terminal has sent already: that is no second one.
+        if stop.requested and num_processes() == 1:
             raise KeyboardInterrupt
         stop.requested = True
         print("stopping after this step, once more to stop at once ...", file=sys.stderr)

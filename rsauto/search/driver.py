@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from rsauto.adapters.head import initialise_head
 from rsauto.config import StudyConfig
 from rsauto.data import fingerprint
 from rsauto.environment import describe_environment
@@ -36,6 +33,7 @@ from rsauto.search.events import (
     TrialSettled,
 )
 from rsauto.search.folder import StudyFolder
+from rsauto.search.follow import leading, load_everywhere
 from rsauto.search.identity import claim, require_nothing_lost
 from rsauto.search.ledger import Ledger, drop_stale_lock, open_storage
 from rsauto.search.objective import Objective
@@ -48,6 +46,7 @@ from rsauto.search.solo import run_alone
 from rsauto.stop import StopFlag
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.loop import Diverged
+from rsauto.training.spread import Spread, join
 from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
 
 _DISK_ERRNOS = {
@@ -68,12 +67,24 @@ def study_events(
     Raises InputError or BudgetError (nothing was started), StudyInterrupted (the same call
     continues) or AllTrialsFailedError.
     """
+    spread = join()
+    with leading(spread):
+        yield from _led_events(config, out, storage, objects, stop or StopFlag(), spread)
+
+
+def _led_events(
+    config: StudyConfig,
+    out: Path,
+    storage: str | None,
+    objects: Objects | None,
+    stop: StopFlag,
+    spread: Spread,
+) -> Iterator[Event]:
     begin = time.monotonic()
     folder = StudyFolder(out)
     folder.check(config)
-    stop = stop or StopFlag()
     yield Stage("reading model and data")
-    setup = set_up(config, objects)
+    setup = set_up(config, objects, spread)
     yield Planned(setup)
     if storage is not None:
         open_storage(storage, folder.journal_file)  # a wrong URL is told before a folder is made
@@ -299,13 +310,14 @@ class StudyRun:
             run.save(folder, card)
 
     def _bench(self) -> Bench:
-        loaded = self.setup.load_model()
+        loaded = load_everywhere(self.setup)
         return Bench(
             model=loaded.model,
             base_name=self.setup.source.name,
             data=self.setup.data,
             device=self.setup.device,
             fresh_parameters=loaded.fresh_parameters,
+            spread=self.setup.spread,
         )
 
     def _describe(self, bench: Bench) -> Bench:
@@ -313,10 +325,8 @@ class StudyRun:
         if "baseline" not in self.environment:
             spec = self.setup.space.middle(self.setup.space.ranks[0])
             prediction = self.setup.predict(spec)
-            torch.manual_seed(self.config.training.seed)
-            initialise_head(bench.model, bench.fresh_parameters)
             size = prediction.micro_batch_size if prediction else 1
-            result = untouched(bench, size)
+            result = untouched(bench, size, self.config.training.seed)
             general = {"forgetting": 0.0} if bench.data.general else {}
             self.environment["baseline"] = asdict(
                 replace(result, metrics={**result.metrics, **general})
@@ -324,6 +334,7 @@ class StudyRun:
         self.environment.update(
             describe_environment(bench.device),
             model=self.setup.source.name,
+            num_processes=self.setup.spread.size,
             memory_budget_bytes=self.setup.memory_budget_bytes,
             seed=self.config.training.seed,
             # Without the samples: a report is passed on, and rows of data are not for everyone.

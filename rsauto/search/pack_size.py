@@ -102,6 +102,8 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most
     """Why trials cannot be packed at all; empty where they can."""
     if setup.config.packing.mode == "off":
         return "packing.mode is off"
+    if setup.spread.size > 1:
+        return f"each is spread over {setup.spread.size} processes"
     if most == 1:
         name = "trials" if setup.config.packing.trials == 1 else "lookahead"
         return f"packing.{name} is 1"
