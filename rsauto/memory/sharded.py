@@ -42,8 +42,8 @@ class ShardedBase:
             reserved_bytes=prediction.reserved_bytes - freed,
             breakdown={**prediction.breakdown, "weights": weights},
             estimate_reason=prediction.estimate_reason
-            or f"the base is sharded over {self.num_devices} devices, and layers are gathered "
-            "while they run",
+            or f"for a base that is sharded over {self.num_devices} devices and gathered layer by "
+            "layer",
         )
 
 

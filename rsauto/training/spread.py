@@ -186,10 +186,11 @@ class Spread:
         """Replaces every gradient by its sum over the processes, the same to the bit in all."""
         if self.link is None:
             return
+        absent = self.link.gather({n for n, p in enumerate(parameters) if p.grad is None})
         with self.link.kept():
-            for parameter in parameters:
-                if parameter.grad is None:  # this process had no rows
-                    parameter.grad = torch.zeros_like(parameter)
+            # What no row anywhere has used keeps no gradient; it takes no part in norms and steps.
+            for number in absent[self.rank] - set.intersection(*absent):
+                parameters[number].grad = torch.zeros_like(parameters[number])
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 _sum_in_place(bucket)
 
