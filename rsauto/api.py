@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rsauto import study_file
 from rsauto.config import StudyConfig
+from rsauto.launched import is_follower
 from rsauto.report.table import Study, load_study
 from rsauto.search.driver import study_events
+from rsauto.search.follow import follow
 from rsauto.search.setup import Objects
 
 
@@ -31,7 +33,8 @@ def run_study(
     study. ``out`` defaults to runs/<study name>. A loaded ``model`` (with its ``tokenizer``) and
     ``train`` rows (a datasets.Dataset or a sequence of dicts; ``validation`` is split off where it
     is not given) take the place of model.name and data.name. The model is frozen, and its dropout
-    turned off, in place.
+    turned off, in place. In a script that `accelerate launch` or `torchrun` starts several times,
+    all processes call this and train every trial together, in a folder that all can read.
 
     Raises InputError or BudgetError before anything is started, StudyInterrupted when the same
     call would continue, AllTrialsFailedError when no trial gave a result.
@@ -39,6 +42,9 @@ def run_study(
     checked = _checked(config)
     folder = Path(out) if out is not None else Path("runs") / checked.name
     objects = Objects(model=model, tokenizer=tokenizer, train=train, validation=validation)
+    if is_follower():
+        follow()
+        return load_study(folder)
     for _ in study_events(checked, folder, storage=storage, objects=objects):
         pass
     return load_study(folder)

@@ -18,6 +18,7 @@ import typer
 
 from rsauto.errors import InputError, RsautoError
 from rsauto.garbage import collection_paused
+from rsauto.launched import is_follower
 from rsauto.study_command import quieten_libraries, run_study, run_worker
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def study(
 ) -> None:
     """Search rank, alpha and learning rate. The same command continues an interrupted study."""
     with _errors_shown():
+        if is_follower():
+            quieten_libraries()
+            from rsauto.search.follow import follow
+
+            return follow()
         from rsauto import study_file
 
         options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}

@@ -222,7 +222,8 @@ def allowance_line(allowance: Allowance, ranks: tuple[int, ...]) -> str:
 def plan_table(setup: Setup) -> Table:
     """Which ranks fit the budget, and with which micro-batch."""
     budget = setup.memory_budget_bytes
-    title = f"memory plan, budget {bytes_text(budget)}"
+    each = f" of each of {setup.spread.size} devices" if setup.spread.size > 1 else ""
+    title = f"memory plan, budget {bytes_text(budget)}{each}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("rank", "trainable", "predicted peak", "needs", "micro-batch", "fits"):
         table.add_column(name, justify="right")
@@ -240,7 +241,8 @@ def plan_table(setup: Setup) -> Table:
             style=None if prediction else "dim",
         )
     if shown.estimate_reason:
-        table.caption = f"estimated, as a step cannot be traced: {shown.estimate_reason}"
+        why = "" if setup.spread.shards_base else "as a step cannot be traced: "
+        table.caption = f"estimated, {why}{shown.estimate_reason}"
     return table
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rsauto.errors import InputError
 from rsauto.garbage import collection_paused
+from rsauto.launched import num_processes
 from rsauto.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ def run_study(
     launcher: str = "local",
 ) -> None:
     """Runs a study to its end, shown on the terminal."""
+    if workers > 1 and num_processes() > 1:
+        raise InputError(
+            f"--workers {workers}: the launcher has started {num_processes()} processes that train "
+            "every trial together. Leave --workers out, or start rsauto without the launcher."
+        )
     from rich.console import Console
 
     console = Console(stderr=as_json, soft_wrap=False)
@@ -62,6 +69,11 @@ def run_study(
 
 def run_worker(target: str, study: str | None) -> None:
     """Works on a study of others to its end."""
+    if num_processes() > 1:
+        raise InputError(
+            f"rsauto worker: the launcher has started {num_processes()} processes. A trial that is "
+            "spread over several belongs to `rsauto study`; start a worker without the launcher."
+        )
     from rich.console import Console
 
     console = Console(soft_wrap=False)
@@ -115,7 +127,8 @@ def signals_set(stop: StopFlag) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the study to stop cleanly; a second one stops at once."""
 
     def ask(_number: int, _frame: FrameType | None) -> None:
-        if stop.requested:
+        # A launcher passes on what the terminal has sent already: that is no second one.
+        if stop.requested and num_processes() == 1:
             raise KeyboardInterrupt
         stop.requested = True
         print("stopping after this step, once more to stop at once ...", file=sys.stderr)

@@ -34,6 +34,8 @@ class RankAllocator:
         self.adapter_name = adapter_name
         self.num_skipped = 0
         """Steps whose gradients were not finite; they say nothing about importance."""
+        self.has_buckets = True
+        """Whether gradients of several processes lie in buckets, as in DistributedDataParallel."""
         self._is_checked = False
 
     @classmethod
@@ -157,13 +159,13 @@ class RankAllocator:
     def _require_room(self, optimizer: Any) -> None:
         """At the first step, not at the first pruning, which may be hours later."""
         if self.config.recovery == "none" and not self._is_checked:
-            require_compactable(self.factors(), optimizer)
+            require_compactable(self.factors(), optimizer, self.has_buckets)
             self._is_checked = True
 
     def _allocate(self, budget: int, optimizer: Optimizer | None) -> None:
         freed = self.config.recovery == "none"
         if freed:
-            require_compactable(self.factors(), optimizer)
+            require_compactable(self.factors(), optimizer, self.has_buckets)
             require_owner(self.factors(), optimizer)
         scores = [self._score(layer) for layer in self.layers.values()]
         active = [state.mask for state in self._states()]

@@ -45,14 +45,20 @@ def compact(layer: SvdLayer, adapter_name: str, keep: Tensor, optimizer: Optimiz
     layer.activate(adapter_name, torch.ones_like(keep[keep]), len(index))
 
 
-def require_compactable(factors: Iterator[tuple[Factor, nn.Parameter]], optimizer: Any) -> None:
-    """Raises ValueError where tensors could not be made smaller, before any of them is."""
+def require_compactable(
+    factors: Iterator[tuple[Factor, nn.Parameter]], optimizer: Any, has_buckets: bool = True
+) -> None:
+    """Raises ValueError where tensors could not be made smaller, before any of them is.
+
+    ``has_buckets`` says that processes that train together, if there are any, sum gradients as
+    DistributedDataParallel does.
+    """
     if optimizer is None:
         raise ValueError(
             "recovery: none frees the optimizer's moments as well. Call "
             "update_and_allocate(step, optimizer), or choose recovery: paper."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_buckets and torch.distributed.is_available() and torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             raise ValueError(
                 "recovery: none cannot make tensors smaller that several processes train "

@@ -74,7 +74,8 @@ class PeakMeter:
 
     def _tensors(self) -> Iterator[Tensor]:
         for parameter in self._model.parameters():
-            yield parameter
+            # Of a sharded one only this process's part is here.
+            yield getattr(parameter, "_local_tensor", parameter)
             if parameter.grad is not None:
                 yield parameter.grad
         yield from self._model.buffers()

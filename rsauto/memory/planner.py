@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from rsauto.devices import outside_bytes as outside_bytes_of
 from rsauto.memory.kinds import (
@@ -24,6 +24,9 @@ from rsauto.memory.kinds import (
 from rsauto.memory.profiles import Profiles
 from rsauto.records import ADALORA_METHODS, ProductOrder, RankPattern
 from rsauto.scaling import initial_rank
+
+if TYPE_CHECKING:
+    from rsauto.memory.sharded import ShardedBase
 
 MicroBatch = int | Literal["auto"]
 
@@ -58,6 +61,7 @@ class MemoryPlanner:
         allowance: float = ALLOWANCE,
         outside_bytes: int | None = None,
         init_ratio: float = 1.0,
+        sharded_base: ShardedBase | None = None,
     ) -> None:
         """`kind` says what is trained; its optimizer, layers and accumulation are replaced by what
         is asked for. `train_lengths` are the tokens of the training sequences, or of the longest
@@ -65,7 +69,7 @@ class MemoryPlanner:
 
         `outside_bytes` is what CUDA keeps outside of the allocator; None takes it for an unknown
         card, and nothing on a CPU, where only tensors count. `init_ratio` is AdaLoRA's initial rank
-        over the one that is asked for.
+        over the one that is asked for. `sharded_base` is given where a device holds a part of it.
         """
         if kind.device_type not in ("cpu", "cuda"):
             raise ValueError(f"device_type must be 'cpu' or 'cuda', but got {kind.device_type!r}.")
@@ -78,6 +82,7 @@ class MemoryPlanner:
             outside_bytes = outside_bytes_of(None) if kind.device_type == "cuda" else 0
         self.outside_bytes = outside_bytes
         self.init_ratio = init_ratio
+        self._sharded_base = sharded_base
 
     def initial_rank(self, rank: int, method: PlannedMethod | None = None) -> int:
         """Of every module at the start, where a trial of `rank` needs most; rounded up.
@@ -104,6 +109,7 @@ class MemoryPlanner:
             allowance=self.allowance,
             outside_bytes=self.outside_bytes,
             init_ratio=self.init_ratio,
+            sharded_base=self._sharded_base,
         )
 
     def with_allowance(self, allowance: float) -> MemoryPlanner:
@@ -131,7 +137,8 @@ class MemoryPlanner:
         highest = max(found, key=lambda prediction: prediction.peak_bytes)
         reserved = max(one.reserved_bytes for one in found)
         order = settings.get("product_order", self.kind.product_order)
-        return replace(highest, rank=rank, reserved_bytes=reserved, product_order=order)
+        whole = replace(highest, rank=rank, reserved_bytes=reserved, product_order=order)
+        return whole if self._sharded_base is None else self._sharded_base.apply(whole)
 
     def fits(
         self,
@@ -146,6 +153,8 @@ class MemoryPlanner:
         # The most that may be reserved, so that `needed_bytes` of it is within the budget.
         free = memory_budget_bytes - self.outside_bytes
         limit = math.ceil((free + 1) / (1 + self.allowance)) - 1
+        if self._sharded_base is not None:
+            limit += self._sharded_base.freed_bytes
         steps = self._steps(
             rank,
             batch_size=batch_size,

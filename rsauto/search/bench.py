@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from rsauto.adapters.head import initialise_head
 from rsauto.base import pick_device
 from rsauto.config import StudyConfig
+from rsauto.search.follow import load_everywhere
 from rsauto.search.ledger import Ledger
 from rsauto.search.setup import Setup, device_bytes
 from rsauto.training.evaluate import Evaluation
@@ -35,13 +33,14 @@ def with_memory_of(config: StudyConfig, num_processes: int) -> StudyConfig:
 
 def load_bench(setup: Setup) -> Bench:
     """The model on the device, with the study's data."""
-    loaded = setup.load_model()
+    loaded = load_everywhere(setup)
     return Bench(
         model=loaded.model,
         base_name=setup.source.name,
         data=setup.data,
         device=setup.device,
         fresh_parameters=loaded.fresh_parameters,
+        spread=setup.spread,
     )
 
 
@@ -63,8 +62,7 @@ def with_baseline(
 def _measured(bench: Bench, setup: Setup) -> Evaluation:
     spec = setup.space.middle(setup.space.ranks[0])
     prediction = setup.predict(spec)
-    torch.manual_seed(setup.config.training.seed)
-    initialise_head(bench.model, bench.fresh_parameters)
-    result = untouched(bench, prediction.micro_batch_size if prediction else 1)
+    size = prediction.micro_batch_size if prediction else 1
+    result = untouched(bench, size, setup.config.training.seed)
     general = {"forgetting": 0.0} if bench.data.general else {}
     return replace(result, metrics={**result.metrics, **general})

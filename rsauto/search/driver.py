@@ -24,6 +24,7 @@ from rsauto.search.bench import load_bench, with_baseline, with_memory_of
 from rsauto.search.books import Books
 from rsauto.search.events import CrewNotice, Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
+from rsauto.search.follow import leading
 from rsauto.search.identity import claim, fingerprints_of, require_nothing_lost
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
@@ -33,6 +34,7 @@ from rsauto.search.storage import JournalUsers, open_storage
 from rsauto.search.work import Work
 from rsauto.stop import StopFlag
 from rsauto.training.loop import Diverged
+from rsauto.training.spread import Spread, join
 from rsauto.training.trial import Bench, OutOfMemory, Trial
 
 _DISK_ERRNOS = {
@@ -54,12 +56,27 @@ def study_events(
     Raises InputError or BudgetError (nothing was started), StudyInterrupted (the same call
     continues) or AllTrialsFailedError.
     """
+    spread = join()
+    with leading(spread):
+        yield from _led_events(
+            config, out, storage, objects, stop or StopFlag(), crew or NoCrew(), spread
+        )
+
+
+def _led_events(
+    config: StudyConfig,
+    out: Path,
+    storage: str | None,
+    objects: Objects | None,
+    stop: StopFlag,
+    crew: Crew,
+    spread: Spread,
+) -> Iterator[Event]:
     begin = time.monotonic()
     folder = StudyFolder(out)
     folder.check(config)
-    stop, crew = stop or StopFlag(), crew or NoCrew()
     yield Stage("reading model and data")
-    setup = set_up(with_memory_of(config, crew.num_on_this_host), objects)
+    setup = set_up(with_memory_of(config, crew.num_on_this_host), objects, spread)
     yield Planned(setup)
     if storage is not None:
         open_storage(storage, folder.journal_file)  # a wrong URL is told before a folder is made
@@ -184,6 +201,7 @@ class StudyRun:
         self.environment.update(
             describe_environment(bench.device),
             model=self.setup.source.name,
+            num_processes=self.setup.spread.size,
             memory_budget_bytes=self.setup.memory_budget_bytes,
             seed=self.config.training.seed,
             # Without the samples: a report is passed on, and rows of data are not for everyone.

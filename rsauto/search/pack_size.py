@@ -108,6 +108,8 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> s
     """Why trials cannot be packed at all; empty where they can."""
     if setup.config.packing.mode == "off":
         return "packing.mode is off"
+    if setup.spread.size > 1:
+        return f"each is spread over {setup.spread.size} processes"
     if len(specs) < 2:
         return "there are not two search trials to run"
     if specs[0].optimizer not in get_args(PackedOptimizer):

@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rsauto.adapters.head import is_classifier
-from rsauto.architecture import is_encoder, num_positions, pad_like
-from rsauto.base import (
-    BaseSource,
-    LoadedBase,
-    load_weights,
-    open_base,
-    pick_device,
-    prepare,
-    to_device,
-    weights_fingerprint,
-    with_labels,
-)
+from rsauto.base import BaseSource, LoadedBase, load_weights, pick_device, prepare, to_device
 from rsauto.config import StudyConfig
-from rsauto.data import (
-    Preflight,
-    TokenisedData,
-    general_examples,
-    load_rows,
-    preflight,
-    splits_from_objects,
-    tokenise,
-    without_token_types,
-)
+from rsauto.data import Preflight, TokenisedData
 from rsauto.devices import card_of, outside_bytes
 from rsauto.errors import BudgetError, InputError
 from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
-from rsauto.memory.planner import MemoryPlanner, TrialSettings
+from rsauto.memory.planner import MemoryPlanner, MicroBatch, TrialSettings
 from rsauto.memory.product import mean_tokens, planned_order
 from rsauto.memory.profiles import Profiles
+from rsauto.memory.sharded import ShardedBase, sharded_base
 from rsauto.quantisation import saved_bits
 from rsauto.records import AllocationSpec, ProductOrder, TrialSpec
+from rsauto.search.reading import Objects as Objects
+from rsauto.search.reading import read
 from rsauto.search.space import Space
 from rsauto.training.evaluate import FORGETTING_METRICS, METRICS
+from rsauto.training.spread import ALONE, Spread
 from rsauto.units import bytes_text
-
-
-@dataclass(frozen=True)
-class Objects:
-    """A model and data that are already loaded, given through Python instead of by name."""
-
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    train: Sequence[Mapping[str, Any]] | None = None
-    validation: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +43,22 @@ class Setup:
     memory_budget_bytes: int
     space: Space
     """Restricted to ranks that fit with at least one choice of layers."""
+    spread: Spread = ALONE
+    """The processes that train each trial together; the budget is that of the device of each."""
+
+    def rows_of_a_device(self, batch_size: int) -> tuple[int, MicroBatch]:
+        """(rows of a batch on the device that has most, micro-batch), one a multiple of the other.
+
+        Without a multiple to be had the last micro-batch is smaller, and planned as a whole one.
+        """
+        rows, micro = (
+            math.ceil(batch_size / self.spread.size),
+            self.config.training.micro_batch_size,
+        )
+        if micro == "auto":
+            return rows, micro
+        size = min(micro, rows)
+        return size * math.ceil(rows / size), size
 
     def predict(self, spec: TrialSpec) -> Prediction | None:
         """The trial at the largest micro-batch that fits the budget, None when none does.
@@ -83,7 +70,7 @@ class Setup:
             return found
         merged = self.planner.predict(
             spec.rank,
-            batch_size=spec.batch_size,
+            batch_size=self.rows_of_a_device(spec.batch_size)[0],
             micro_batch_size=found.micro_batch_size,
             **planned(spec) | {"product_order": "merged"},
         )
@@ -92,37 +79,40 @@ class Setup:
 
     def at_largest_micro_batch(self, spec: TrialSpec) -> Prediction | None:
         """`predict` in the plain order of operations, in which every method and dtype can run."""
+        rows, micro = self.rows_of_a_device(spec.batch_size)
         found = self.planner.largest_micro_batch(
             spec.init_rank or spec.rank,
             memory_budget_bytes=self.memory_budget_bytes,
-            batch_size=spec.batch_size,
-            micro_batch_size=self.config.training.micro_batch_size,
+            batch_size=rows,
+            micro_batch_size=micro,
             **planned(spec),
         )
         return None if found is None else replace(found, rank=spec.rank)
 
     def _cheaper_order(self, spec: TrialSpec, micro_batch_size: int) -> ProductOrder:
         lengths = [len(example.input_ids) for example in self.data.train]
-        num_tokens = mean_tokens(lengths, spec.batch_size, micro_batch_size)
+        rows, _ = self.rows_of_a_device(spec.batch_size)
+        num_tokens = mean_tokens(lengths, rows, micro_batch_size)
         return planned_order(replace(self.planner.kind, **planned(spec)), spec.rank, num_tokens)
 
     def smallest_prediction(self, spec: TrialSpec) -> Prediction:
         """What the trial needs at the smallest micro-batch it may use."""
-        micro = self.config.training.micro_batch_size
+        rows, micro = self.rows_of_a_device(spec.batch_size)
         found = self.planner.predict(
             spec.init_rank or spec.rank,
-            batch_size=spec.batch_size,
+            batch_size=rows,
             micro_batch_size=1 if micro == "auto" else micro,
             **planned(spec),
         )
         return replace(found, rank=spec.rank)
 
     def load_model(self) -> LoadedBase:
-        """The base model on the device, frozen."""
+        """The base model on the device, frozen; on the CPU where it is to be sharded."""
         if self.objects.model is not None:
             checkpointing = self.config.model.gradient_checkpointing
             return LoadedBase(to_device(prepare(self.objects.model, checkpointing), self.device))
-        return load_weights(self.source, self.config.model, self.device)
+        device = torch.device("cpu") if self.spread.shards_base else self.device
+        return load_weights(self.source, self.config.model, device)
 
 
 def planned(spec: TrialSpec) -> TrialSettings:
@@ -141,20 +131,16 @@ def planned(spec: TrialSpec) -> TrialSettings:
     }
 
 
-def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
+def set_up(config: StudyConfig, objects: Objects | None = None, spread: Spread = ALONE) -> Setup:
     """Reads configuration, tokenizer and data, and plans memory.
 
     Raises InputError for anything wrong with them, and BudgetError when no rank fits.
     """
     objects = objects or Objects()
     _check_objective(config)
+    _require_shares(config, objects, spread)
     device = pick_device()
-    source = _source(config, objects)
-    data, checks = _read_data(config, objects, source)
-    _require_positions(source, data)
-    _require_vocabulary(source, data)
-    if data.label_names is not None:
-        source = _with_labels(source, objects, data)
+    source, data, checks = read(config, objects)
     quant_bits = saved_bits(source.config) or config.model.quant_bits
     setup = Setup(
         config=config,
@@ -163,19 +149,29 @@ def set_up(config: StudyConfig, objects: Objects | None = None) -> Setup:
         objects=objects,
         data=data,
         preflight=checks,
-        planner=_planner(config, source, data, device),
+        planner=_planner(config, source, data, device, spread),
         memory_budget_bytes=memory_budget_bytes(config, device),
         space=Space(
             config, config.search.ranks, _steps(config, data), config.data.max_length, quant_bits
         ),
+        spread=spread,
     )
     return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
 
 
 def _planner(
-    config: StudyConfig, source: BaseSource, data: TokenisedData, device: torch.device
+    config: StudyConfig,
+    source: BaseSource,
+    data: TokenisedData,
+    device: torch.device,
+    spread: Spread,
 ) -> MemoryPlanner:
-    """Plans for the longest batches that the data can give."""
+    """Plans for the longest batches that the data can give to a device, the first one's."""
+    lengths = _lengths_of_a_batch(data, config.training.batch_size)
+    base: ShardedBase | None = None
+    if spread.shards_base:
+        bits = saved_bits(source.config) or config.model.quant_bits
+        base = sharded_base(source, bits, spread.size)
     kind = StepKind(
         model_config=source.config.to_json_string(use_diff=False),
         task=source.task,
@@ -189,10 +185,11 @@ def _planner(
     )
     return MemoryPlanner(
         kind,
-        train_lengths=_lengths_of_a_batch(data, config.training.batch_size),
+        train_lengths=lengths[:: spread.size],
         eval_length=max(data.validation_length, *(len(e.input_ids) for e in data.general), 1),
         profiles=Profiles.on_disk(),
         outside_bytes=_outside_bytes(device),
+        sharded_base=base,
     )
 
 
@@ -284,99 +281,28 @@ def _feasible_ranks(setup: Setup) -> tuple[int, ...]:
         ) from None
 
 
-def _require_positions(source: BaseSource, data: TokenisedData) -> None:
-    """Raises InputError when rows are longer than the model has positions for."""
-    limit = num_positions(source.config)
-    longest = max(data.train_length, data.validation_length)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"data.max_length: rows have up to {longest} tokens, but {source.name!r} has "
-            f"positions for {limit}. Set data.max_length to at most {limit}."
-        )
-
-
-def _require_vocabulary(source: BaseSource, data: TokenisedData) -> None:
-    """Raises InputError when the tokenizer has ids that the model has no embedding for."""
-    size = int(source.config.get_text_config().vocab_size)
-    examples = (*data.train, *data.validation, *data.general)
-    largest = max(data.pad_token_id, *(max(example.input_ids) for example in examples))
-    if largest >= size:
-        raise InputError(
-            f"model.name: the tokenizer gives token {largest}, but {source.name!r} has a "
-            f"vocabulary of {size}. They do not belong together, or tokens were added to the "
-            "tokenizer and the model's embeddings were not resized."
-        )
-
-
-def _source(config: StudyConfig, objects: Objects) -> BaseSource:
-    if objects.model is None:
-        return open_base(config.model, config.data.task)
-    if objects.tokenizer is None:
-        raise InputError("tokenizer: give the tokenizer together with the model.")
-    if config.model.quant_bits is not None:
-        raise InputError(
-            f"model.quant_bits: {config.model.quant_bits}, but the given model is loaded already. "
-            "Load it quantised yourself, and leave model.quant_bits out."
-        )
-    if is_classifier(objects.model) != (config.data.task == "SEQ_CLS"):
-        raise InputError(
-            f"model: a {type(objects.model).__name__} was given, but "
-            + ("data.label is not." if is_classifier(objects.model) else "data.label is, too.")
-            + " A sequence classifier and data.label belong together."
-        )
-    if config.data.task == "CAUSAL_LM" and is_encoder(objects.model.config):
-        raise InputError(
-            f"model: {type(objects.model).__name__} reads both ways, so it would see the tokens it "
-            "is to predict. Give a decoder; or, to classify texts, data.label."
-        )
-    return BaseSource(
-        name=str(objects.model.config.name_or_path or "in-memory"),
-        config=objects.model.config,
-        tokenizer=objects.tokenizer,
-        dtype=objects.model.dtype,
-        attn_implementation=str(objects.model.config._attn_implementation),
-        task=config.data.task,
-        fingerprint=weights_fingerprint(objects.model),
-    )
-
-
-def _with_labels(source: BaseSource, objects: Objects, data: TokenisedData) -> BaseSource:
-    """The source with the data's classes. Raises InputError where a loaded model has others."""
-    assert data.label_names is not None
-    if objects.model is None:
-        return with_labels(source, data.label_names, data.pad_token_id)
-    if source.config.num_labels != len(data.label_names):
-        raise InputError(
-            f"model: it was loaded with num_labels={source.config.num_labels}, but the data have "
-            f"{len(data.label_names)} classes. Load it with num_labels={len(data.label_names)}."
-        )
-    pad_like(source.config, data.pad_token_id)
-    return source
-
-
-def _read_data(
-    config: StudyConfig, objects: Objects, source: BaseSource
-) -> tuple[TokenisedData, Preflight]:
-    if objects.train is None:
-        splits = load_rows(config.data)
-    else:
-        splits = splits_from_objects(objects.train, objects.validation, config.data)
-    data = tokenise(splits, config.data, source.tokenizer)
-    if getattr(source.config, "type_vocab_size", 0) < 2:
-        data = without_token_types(data)
-    if config.data.forgetting is not None:
-        longest = max(data.train_length, data.validation_length)
-        general = general_examples(config.data.forgetting, source.tokenizer, longest)
-        data = replace(data, general=general)
-    return data, preflight(splits, data, config.data, source.tokenizer)
-
-
 def _steps(config: StudyConfig, data: TokenisedData) -> int:
     training = config.training
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
     return max(1, math.ceil(training.epochs * len(data.train) / training.batch_size))
+
+
+def _require_shares(config: StudyConfig, objects: Objects, spread: Spread) -> None:
+    """Raises InputError for what cannot be spread over several processes."""
+    if spread.size == 1:
+        return
+    if objects.model is not None or objects.train is not None:
+        raise InputError(
+            f"model, train: objects of one process, but {spread.size} were launched, each of which "
+            "loads its own. Name them in model.name and data.name instead."
+        )
+    if config.training.batch_size < spread.size:
+        raise InputError(
+            f"training.batch_size: {config.training.batch_size} rows cannot be shared out over "
+            f"{spread.size} processes. Set it to at least {spread.size}, or launch fewer."
+        )
 
 
 def _check_objective(config: StudyConfig) -> None:

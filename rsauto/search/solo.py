@@ -13,6 +13,7 @@ from rsauto.search.events import Event, TrialStarted, TrialStep
 from rsauto.search.history import Settled
 from rsauto.search.write_up import trial_record
 from rsauto.training.loop import Diverged
+from rsauto.training.spread import ProcessLost
 from rsauto.training.trial import Bench, OutOfMemory, Trial
 
 
@@ -51,6 +52,9 @@ def _train(
             return "oom", str(full)
         except Diverged as diverged:
             return "diverged", str(diverged)
+        except ProcessLost:
+            books.abandon(trial)
+            raise
         except Exception as bug:  # one faulty trial must not end the study
             return "failed", f"{type(bug).__name__}: {bug}"
         yield TrialStep(trial.number, run.spec, point, run.measured_peak_bytes)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rsauto.config import TaskType
 from rsauto.data import Batch, Example, collate, evaluation_batches
 from rsauto.memory.measure import PeakMeter
 from rsauto.training.loss import hits_of, summed_cross_entropy
+from rsauto.training.spread import ALONE, Spread
 
 METRICS: dict[TaskType, tuple[str, ...]] = {
     "CAUSAL_LM": ("perplexity", "token_accuracy", "exact_match"),
@@ -42,18 +43,45 @@ def evaluate(
     pad_token_id: int,
     device: torch.device,
     meter: PeakMeter | None = None,
+    spread: Spread = ALONE,
 ) -> Evaluation:
-    """Loss and metrics over ``examples``, which are all of one task."""
+    """Loss and metrics over ``examples``, which are all of one task, shared out over ``spread``."""
     was_training = model.training
     model.eval()
-    tally = _tally_for(examples)
-    for index, batch_examples in enumerate(evaluation_batches(examples, batch_size)):
-        # The longest rows come first, so the first batch is the one that needs most memory.
-        with watching(meter, index == 0):
-            batch = collate(batch_examples, pad_token_id).to(device)
-            tally.add(model(**batch.inputs()).logits, batch.labels)
+    batches = _batches_of(examples, batch_size, spread)
+
+    def own() -> Tally:
+        tally = _tally_for(examples)
+        for index, (batch_examples, counts) in enumerate(batches):
+            # The longest rows come first, so the first batch is the one that needs most memory.
+            with watching(meter, index == 0):
+                batch = collate(batch_examples, pad_token_id).to(device)
+                logits = model(**batch.inputs()).logits
+                if counts:
+                    tally.add(logits, batch.labels)
+        return tally
+
+    tally, *others = spread.together(own, in_step=True)
+    for other in others:
+        tally.merge(other)
     model.train(was_training)
     return tally.evaluation()
+
+
+def _batches_of(
+    examples: Sequence[Example], batch_size: int, spread: Spread
+) -> list[tuple[Sequence[Example], bool]]:
+    """This process's share, and whether it counts.
+
+    Where every pass gathers weights from all processes, those that have fewer make blank ones.
+    """
+    longest_first = [row for rows in evaluation_batches(examples, 1) for row in rows]
+    shared = evaluation_batches(spread.share(longest_first), batch_size)
+    batches: list[tuple[Sequence[Example], bool]] = [(rows, True) for rows in shared]
+    if spread.shards_base:
+        num_passes = math.ceil(math.ceil(len(examples) / spread.size) / batch_size)
+        batches += [(longest_first[-1:], False)] * (num_passes - len(batches))
+    return batches
 
 
 @torch.no_grad()
@@ -100,6 +128,9 @@ class Tally(Protocol):
 
     def add(self, logits: Tensor, labels: Tensor) -> None: ...
 
+    def merge(self, other: Self) -> None:
+        """Takes in what another process has summed up."""
+
     def evaluation(self) -> Evaluation: ...
 
 
@@ -122,6 +153,10 @@ class TokenTally:
         self._num_targets += int(counted.sum())
         self._num_exact += int((hits == counted).all(dim=1).sum())
         self._num_rows += len(labels)
+
+    def merge(self, other: Self) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def evaluation(self) -> Evaluation:
         loss = self._loss_sum / self._num_targets
@@ -153,6 +188,12 @@ class ClassTally:
         self._num_classes = logits.shape[-1]
         self._predicted += logits.argmax(-1).tolist()
         self._true += labels.tolist()
+
+    def merge(self, other: Self) -> None:
+        self._loss_sum += other._loss_sum
+        self._num_classes = max(self._num_classes, other._num_classes)
+        self._predicted += other._predicted
+        self._true += other._true
 
     def evaluation(self) -> Evaluation:
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

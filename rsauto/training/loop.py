@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rsauto.adapters.lora import trainable_parameters
-from rsauto.data import TokenisedData, batch_plan, collate, micro_batches, padded_tokens
+from rsauto.data import Batch, TokenisedData, batch_plan, collate, micro_batches, padded_tokens
 from rsauto.memory.measure import PeakMeter
 from rsauto.records import EvalPoint, StepPoint, TrialSpec
 from rsauto.training.evaluate import Evaluation, evaluate, watching
-from rsauto.training.loss import count_targets, summed_cross_entropy, token_mean
+from rsauto.training.loss import IGNORED, count_targets, summed_cross_entropy, token_mean
 from rsauto.training.schedule import evaluation_steps, rate_multiplier, warmup_steps
+from rsauto.training.spread import ALONE, Spread
 
 
 class Diverged(ArithmeticError):
@@ -38,6 +40,7 @@ def train(
     meter: PeakMeter | None = None,
     untouched_general_loss: float | None = None,
     allocate: Callable[[int], None] | None = None,
+    spread: Spread = ALONE,
 ) -> Iterator[StepPoint]:
     """Trains the adapter of ``model`` as ``spec`` says, yielding once per optimizer step.
 
@@ -46,38 +49,45 @@ def train(
 
     The data order depends on ``spec.seed`` alone, so trials of one seed see the same batches.
     ``untouched_general_loss`` is the base model's loss on ``data.general``, from which forgetting
-    is measured.
+    is measured. Where the trial is ``spread``, this is one of the processes that train it; all
+    yield the same, but for the seconds.
     Raises Diverged at the first loss or gradient that is not finite.
     """
     assert spec.micro_batch_size is not None, "the planner chooses it before training"
     parameters = list(trainable_parameters(model).values())
     order = batch_plan(len(data.train), spec.batch_size, spec.steps, spec.seed)
-    steps = [cut(indices, data, spec.micro_batch_size) for indices in order]
+    steps = [cut(indices, data, spec.micro_batch_size, spread) for indices in order]
     evaluate_after = evaluation_steps(spec.steps, spec.num_evals)
     watched = watched_steps(steps, data, evaluate_after)
     losses: list[float] = []
     norms: list[float] = []
     num_tokens = 0
 
+    def update(step: int) -> float:
+        """Everything from the summed gradients to the next step; returns their mean norm."""
+        norm, total_norm = gradient_norms(parameters)
+        require_finite(step, total_norm, "gradient norm")
+        if spec.max_grad_norm is not None:
+            clip_gradients(parameters, total_norm, spec.max_grad_norm)
+        optimizer.step()
+        if allocate is not None:
+            allocate(step)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
     model.train()
-    for step, parts in enumerate(steps, start=1):
+    for step, (indices, parts) in enumerate(zip(order, steps, strict=True), start=1):
         begin = time.perf_counter()
         set_learning_rate(optimizer, spec, step - 1)
         with watching(meter, step in watched):
-            loss = accumulate_gradients(model, parts, data, device)
+            loss = accumulate_gradients(model, parts, data, device, spread)
             require_finite(step, loss)
-            norm, total_norm = gradient_norms(parameters)
-            require_finite(step, total_norm, "gradient norm")
-            if spec.max_grad_norm is not None:
-                clip_gradients(parameters, total_norm, spec.max_grad_norm)
-            optimizer.step()
-            if allocate is not None:
-                allocate(step)
-            optimizer.zero_grad(set_to_none=True)
+            spread.sum_gradients(parameters)
+            norm = spread.together(partial(update, step))[0]
         seconds = time.perf_counter() - begin
         losses.append(loss)
         norms.append(norm)
-        num_tokens += sum(len(data.train[i].input_ids) for part in parts for i in part)
+        num_tokens += sum(len(data.train[i].input_ids) for i in indices)
 
         evaluation = None
         if step in evaluate_after:
@@ -89,6 +99,7 @@ def train(
                 device=device,
                 meter=meter if first else None,
                 untouched_general_loss=untouched_general_loss,
+                spread=spread,
             )
             require_finite(step, found.eval_loss, "validation loss")
             evaluation = eval_point(step, found, losses, norms)
@@ -104,14 +115,17 @@ def train(
         )
 
 
-def cut(indices: Sequence[int], data: TokenisedData, size: int) -> Sequence[Sequence[int]]:
-    """A global batch in micro-batches of ``size``, rows of like length together, longest first.
+def cut(
+    indices: Sequence[int], data: TokenisedData, size: int, spread: Spread = ALONE
+) -> Sequence[Sequence[int]]:
+    """This process's share of a global batch in micro-batches of ``size``.
 
-    Less padding is computed, and the gradient is the same however the batch is cut.
+    Rows of like length come together, longest first: less padding is computed, all processes get
+    as much to do, and the gradient is the same however the batch is cut.
     """
-    if len(indices) > size:
+    if len(indices) > size or spread.size > 1:
         indices = sorted(indices, key=lambda index: -len(data.train[index].input_ids))
-    return micro_batches(indices, size)
+    return micro_batches(spread.share(indices), size)
 
 
 def accumulate_gradients(
@@ -119,25 +133,41 @@ def accumulate_gradients(
     parts: Sequence[Sequence[int]],
     data: TokenisedData,
     device: torch.device,
+    spread: Spread = ALONE,
 ) -> float:
     """Backward over one global batch; returns its mean loss per counted token (or sequence).
 
-    ``parts`` are the micro-batches, as indices of training examples.
+    ``parts`` are this process's micro-batches, as indices of training examples.
 
-    All micro-batches share one denominator, so the gradient does not depend on how the batch is
-    cut, whatever the lengths.
+    All micro-batches of all processes share one denominator, so the sum of their gradients does not
+    depend on how the batch is cut, whatever the lengths.
     """
     batches = [collate([data.train[i] for i in part], data.pad_token_id) for part in parts]
-    num_targets = sum(count_targets(batch.labels) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        batch = batch.to(device)
-        logits = model(**batch.inputs()).logits
-        loss = token_mean(summed_cross_entropy(logits, batch.labels), num_targets)
-        del logits  # the graph keeps what backward needs; a second reference would keep the rest
-        loss.backward()
-        total += float(loss.detach())
-    return total
+    num_own = sum(count_targets(batch.labels) for batch in batches)
+    counts = spread.together(lambda: (num_own, len(batches)))
+    num_targets = sum(count for count, _ in counts)
+    if spread.shards_base:
+        # Every pass gathers weights from all processes, so all make as many.
+        batches += [_blank(batches[-1])] * (max(num for _, num in counts) - len(batches))
+
+    def passes() -> float:
+        return sum(_backward(model, batch.to(device), num_targets) for batch in batches)
+
+    return sum(spread.together(passes, in_step=True))
+
+
+def _backward(model: nn.Module, batch: Batch, num_targets: int) -> float:
+    """Adds the gradients of a micro-batch; its share of the mean loss."""
+    logits = model(**batch.inputs()).logits
+    loss = token_mean(summed_cross_entropy(logits, batch.labels), num_targets)
+    del logits  # the graph keeps what backward needs; a second reference would keep the rest
+    loss.backward()
+    return float(loss.detach())
+
+
+def _blank(batch: Batch) -> Batch:
+    """A batch of which nothing counts: its loss and its gradients are zero."""
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORED))
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
@@ -214,9 +244,12 @@ def evaluate_all(
     device: torch.device,
     meter: PeakMeter | None = None,
     untouched_general_loss: float | None = None,
+    spread: Spread = ALONE,
 ) -> Evaluation:
     """The validation rows and, where there is one, the general text: its loss, and its rise."""
-    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "meter": meter}
+    where: dict[str, Any] = {
+        "batch_size": batch_size, "device": device, "meter": meter, "spread": spread
+    }  # fmt: skip
     pad = data.pad_token_id
     found = evaluate(model, data.validation, pad_token_id=pad, **where)
     if not data.general:

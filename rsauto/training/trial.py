@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -31,10 +31,9 @@ from rsauto.records import EvalPoint, StepPoint, TrialSpec
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.flops import training_flops
 from rsauto.training.loop import evaluate_all, train
-
-
-class OutOfMemory(MemoryError):
-    """The device had no room for the trial; the trial's memory has been given back."""
+from rsauto.training.out_of_memory import OutOfMemory as OutOfMemory
+from rsauto.training.out_of_memory import is_out_of_memory as is_out_of_memory
+from rsauto.training.spread import ALONE, Spread
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Bench:
     """Of a classifier's head: not in the checkpoint, drawn anew by every trial from its seed."""
     untouched_general_loss: float | None = None
     """The model's loss on `data.general` as it is."""
+    spread: Spread = ALONE
+    """The processes that train every trial together."""
 
 
 class Trial:
@@ -73,6 +74,10 @@ class Trial:
         """Floating-point operations of the steps done so far, see `training_flops`."""
         self._adapted: PeftModel | None = None
         self._meter: PeakMeter | None = None
+        self._highest_peak: int | None = None
+        """Peak memory of the fullest device, as of the last evaluation."""
+        self._is_awaited = False
+        """Whether the other processes wait to hear whether the trial goes on."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +88,8 @@ class Trial:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._is_awaited:
+            self.bench.spread.goes_on(False)
         if self._adapted is not None:
             remove_adapter(self._adapted)
             self._adapted = None
@@ -90,53 +97,83 @@ class Trial:
         clear_device_cache()
 
     def steps(self) -> Iterator[StepPoint]:
-        """Trains, yielding after every optimizer step. Raises Diverged and OutOfMemory."""
+        """Trains, yielding after every optimizer step. Raises Diverged and OutOfMemory.
+
+        Where the trial is spread, the other processes are told of it and do the same steps.
+        """
+        spread = self.bench.spread
         try:
-            adapted = self._put_on_adapter()
-            optimizer = build_optimizer(
-                adapted,
-                name=self.spec.optimizer,
-                learning_rate=self.spec.learning_rate,
-                lr_ratio=self.spec.lr_ratio,
-                weight_decay=self.spec.weight_decay,
-                head_learning_rate=self.spec.head_learning_rate,
-                lambda_lr_ratio=self.spec.lambda_lr_ratio,
-            )
-            device = self.bench.device
-            allocator = allocator_of(adapted) if self.spec.allocation is not None else None
-            kept = allocator.tensors if allocator is not None else None
-            self._meter = PeakMeter(device, adapted, optimizer, kept)
-
-            def allocate(step: int) -> None:
-                if allocator is not None:
-                    allocator.update_and_allocate(step, optimizer)
-
-            points = train(
-                adapted,
-                optimizer,
-                self.bench.data,
-                self.spec,
-                device=device,
-                meter=self._meter,
-                untouched_general_loss=self.bench.untouched_general_loss,
-                allocate=allocate,
-            )
-            flops_per_token = training_flops(adapted, 1)
-            shrinks = self.spec.allocation is not None and self.spec.allocation.recovery == "none"
-            for point in points:
-                self.flops += flops_per_token * (point.tokens - self._num_tokens)
-                if shrinks:
-                    flops_per_token = training_flops(adapted, 1)
-                self.last = point
-                self.train_seconds += point.seconds
+            spread.tell(self.spec)
+            spread.together(self._prepare)
+            for point in self._counted():
                 if point.evaluation is not None:
                     self.curve.append(point.evaluation)
+                    self._compare_peaks()
+                self._is_awaited = True
                 yield point
+                self._is_awaited = False
+                if not spread.goes_on(True):
+                    return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             # Its text only: whoever keeps this error need not keep a driver's traceback.
             raise OutOfMemory(str(error).split("\n")[0]) from None
+
+    def _prepare(self) -> None:
+        """Puts the adapter on and builds what trains it."""
+        adapted = self._put_on_adapter()
+        self._optimizer = build_optimizer(
+            adapted,
+            name=self.spec.optimizer,
+            learning_rate=self.spec.learning_rate,
+            lr_ratio=self.spec.lr_ratio,
+            weight_decay=self.spec.weight_decay,
+            head_learning_rate=self.spec.head_learning_rate,
+            lambda_lr_ratio=self.spec.lambda_lr_ratio,
+        )
+        allocator = allocator_of(adapted) if self.spec.allocation is not None else None
+        if allocator is not None:
+            allocator.has_buckets = False
+        kept = allocator.tensors if allocator is not None else None
+        self._meter = PeakMeter(self.bench.device, adapted, self._optimizer, kept)
+        self._allocator = allocator
+
+    def _counted(self) -> Iterator[StepPoint]:
+        """The steps, with what they cost."""
+        assert self._adapted is not None
+        points = train(
+            self._adapted,
+            self._optimizer,
+            self.bench.data,
+            self.spec,
+            device=self.bench.device,
+            meter=self._meter,
+            untouched_general_loss=self.bench.untouched_general_loss,
+            allocate=self._allocate,
+            spread=self.bench.spread,
+        )
+        flops_per_token = training_flops(self._adapted, 1)
+        shrinks = self.spec.allocation is not None and self.spec.allocation.recovery == "none"
+        for point in points:
+            self.flops += flops_per_token * (point.tokens - self._num_tokens)
+            if shrinks:
+                flops_per_token = training_flops(self._adapted, 1)
+            self.last = point
+            self.train_seconds += point.seconds
+            yield point
+
+    def _allocate(self, step: int) -> None:
+        if self._allocator is not None:
+            self._allocator.update_and_allocate(step, self._optimizer)
+
+    def _compare_peaks(self) -> None:
+        if self.bench.spread.size > 1:
+            peaks = self.bench.spread.together(self._own_peak_bytes)
+            self._highest_peak = max((p for p in peaks if p is not None), default=None)
+
+    def _own_peak_bytes(self) -> int | None:
+        return self._meter.peak_bytes if self._meter is not None else None
 
     def save(self, folder: Path, card: str) -> int:
         """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
@@ -146,8 +183,13 @@ class Trial:
 
     @property
     def measured_peak_bytes(self) -> int | None:
-        """Peak memory of the device so far, None before the first full step."""
-        return self._meter.peak_bytes if self._meter is not None else None
+        """Peak memory of the device so far, None before the first full step.
+
+        Of several devices that of the fullest, as of the last evaluation.
+        """
+        if self.bench.spread.size > 1:
+            return self._highest_peak
+        return self._own_peak_bytes()
 
     @property
     def num_trainable_params(self) -> int | None:
@@ -182,17 +224,28 @@ def put_on_adapter(bench: Bench, spec: TrialSpec) -> PeftModel:
     return add(bench.model, spec)
 
 
-def untouched(bench: Bench, batch_size: int) -> Evaluation:
-    """The base model as it is, evaluated. Raises InputError where it refuses the data."""
+@dataclass(frozen=True, slots=True)
+class Untouched:
+    """What the other processes are told to do in `untouched`."""
+
+    batch_size: int
+    seed: int
+
+
+def untouched(bench: Bench, batch_size: int, seed: int = 0) -> Evaluation:
+    """The base model as it is, evaluated; what its head lacks is drawn from the seed.
+
+    Raises InputError where it refuses the data.
+    """
+    bench.spread.tell(Untouched(batch_size, seed))
+    torch.manual_seed(seed)
+    initialise_head(bench.model, bench.fresh_parameters)
     try:
-        return evaluate_all(bench.model, bench.data, batch_size=batch_size, device=bench.device)
+        return evaluate_all(
+            bench.model, bench.data, batch_size=batch_size, device=bench.device, spread=bench.spread
+        )
     except ValueError as error:
         raise InputError(
             f"model.name: {type(bench.model).__name__} cannot run on the data as they are "
             f"tokenised: {error} Choose another architecture, or a tokenizer that suits it."
         ) from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device had no room, in the words of whichever allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))

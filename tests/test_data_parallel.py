@@ -1,0 +1,265 @@
+"""One trial on several devices: two processes give what one gives, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from spread_trials import FULL, start, train_all
+from tiny_study import environment, records, study_values, write_study
+from torch import nn
+
+from rsauto.api import run_study
+from rsauto.errors import InputError
+from rsauto.launched import is_follower, num_processes
+from rsauto.search.setup import Objects, Setup, set_up
+from rsauto.study_file import validate
+from rsauto.training.spread import Spread, _buckets, join
+
+SCRIPT = str(Path(__file__).with_name("spread_trials.py"))
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+SECONDS = 200
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for key in sorted(value):
+            if key != "perplexity":  # an exponential: its errors are a thousand times larger
+                yield from numbers(value[key])
+    elif isinstance(value, list):
+        for one in value:
+            yield from numbers(one)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def assert_same_results(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    one, other = ({k: v for k, v in each.items() if k != "peak"} for each in (one, other))
+    assert (one.get("outcome"), one.get("ranks")) == (other.get("outcome"), other.get("ranks"))
+    assert list(numbers(other)) == pytest.approx(list(numbers(one)), abs=tolerance, rel=0)
+
+
+def assert_same_adapters(one: Path, other: Path, tolerance: float) -> None:
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spread")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """Every case of `spread_trials` in this process."""
+    found: dict[str, Any] = json.loads(json.dumps(train_all(folder, folder / "alone")))
+    return found
+
+
+def together(folder: Path, out: Path, **env: str) -> dict[str, Any]:
+    out.mkdir()
+    processes = start([SCRIPT, str(folder), str(out)], **env)
+    said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    found: dict[str, Any] = json.loads((out / "found.json").read_text())
+    return found
+
+
+def assert_all_same(folder: Path, alone: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    for name in alone.keys() & found.keys() - {FULL}:
+        # The best of what rounding leaves: sums in another order, ten steps of Adam.
+        assert_same_results(alone[name], found[name], 1e-5)
+        if (folder / "alone" / name).exists():
+            assert_same_adapters(folder / "alone" / name, out / name, 2e-5)
+
+
+def test_two_processes_train_what_one_trains(folder: Path, alone: dict[str, Any]) -> None:
+    out = folder / "together"
+    found = together(folder, out, FAILS="1")
+    assert found.keys() == alone.keys()
+    assert_all_same(folder, alone, found, out)
+    assert set(alone["adalora none"]["ranks"].values()) > {0, 6}, "ranks must have moved"
+    assert alone["diverged"]["outcome"].startswith("Diverged: step 2")
+    # The last process alone had no room, and the trial after it is as good as any.
+    assert found[FULL]["outcome"] == "OutOfMemory: OutOfMemoryError: no room here (in process 1)"
+
+
+def test_two_processes_share_a_base(folder: Path, alone: dict[str, Any]) -> None:
+    out = folder / "sharded"
+    found = together(folder, out, ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    assert found.keys() == alone.keys() - {FULL}
+    assert_all_same(folder, alone, found, out)
+    # Half of the layers' weights, less than half of what they need beside: not of the embeddings.
+    assert found["text"]["peak"] < alone["text"]["peak"]
+
+
+def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *LAUNCH, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=SECONDS
+    )
+
+
+def test_a_launched_study_has_the_records_of_one_process(tmp_path: Path) -> None:
+    # Rates at which training is stable: elsewhere rounding grows, however many processes there are.
+    search = {"trials": 6, "learning_rate": {"low": 1e-3, "high": 1e-2}, "rank": [4, 8, 256]}
+    path = write_study(tmp_path, **search)
+    out = tmp_path / "two"
+    done = launched("--multi_gpu", "-m", "rsauto", "study", path, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["trials"] == 6
+    assert done.stderr.count("loading the model ...") == 1, "only the first process speaks"
+    assert "of each of 2 devices" in done.stderr
+    assert "each is spread over 2 processes" in done.stderr
+
+    run_study({**study_values(tmp_path / "one", **search), "packing": {"mode": "off"}},
+              out=tmp_path / "alone")  # fmt: skip
+    ours, theirs = records(tmp_path / "alone"), records(out)
+    assert len(ours) == len(theirs)
+    names = ("outcome", "rank", "learning_rate", "tokens", "steps", "seed", "role")
+    for one, two in zip(ours, theirs, strict=True):
+        assert [one[name] for name in names] == [two[name] for name in names]
+        assert list(numbers(two["curve"])) == pytest.approx(
+            list(numbers(one["curve"])), abs=1e-5, rel=0
+        )
+        if one["outcome"] == "complete":
+            assert two["micro_batch_size"] == 2, "rows of one device"
+            assert two["measured_peak_bytes"] <= two["predicted_peak_bytes"] * 1.02
+    assert json.loads((out / "environment.json").read_text())["num_processes"] == 2
+    assert_same_adapters(tmp_path / "alone" / "best", out / "best", 2e-5)
+
+
+def begin_long_study(tmp_path: Path) -> tuple[list[subprocess.Popen[str]], Path]:
+    """Two processes in the middle of a study that is much too long."""
+    path, out = write_study(tmp_path, rank=[4], seeds=1), tmp_path / "long"
+    long = ["--set", "training.steps=100000", "--set", "training.num_evals=100000"]
+    processes = start(["-m", "rsauto", "study", str(path), "--out", str(out), *long])
+    until = time.monotonic() + SECONDS
+    while '"state": 0' not in journal(out) and '"spec"' not in journal(out):
+        assert time.monotonic() < until and processes[0].poll() is None, "it did not begin"
+        time.sleep(0.2)
+    return processes, out
+
+
+def journal(out: Path) -> str:
+    path = out / "journal.log"
+    return path.read_text() if path.exists() else ""
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_study_for_all(tmp_path: Path, killed: int) -> None:
+    processes, out = begin_long_study(tmp_path)
+    processes[killed].kill()
+    found = ends(processes)
+    code, words = found[1 - killed]
+    assert found[killed][0] == -signal.SIGKILL
+    assert code == 4, words
+    assert "the same command continues" in words and "Traceback" not in words
+    assert not records(out) or all(r["outcome"] == "complete" for r in records(out))
+
+
+def test_ctrl_c_stops_all_processes_in_order(tmp_path: Path) -> None:
+    processes, out = begin_long_study(tmp_path)
+    for process in [*processes, processes[0]]:  # the terminal, and then the launcher once more
+        os.kill(process.pid, signal.SIGINT)
+    (code, words), (other, _) = ends(processes)
+    assert (code, other) == (4, 0), words
+    assert "Stopped. 0 trials are kept" in words
+    assert not records(out)
+
+
+# ------------------------------------------------------------------------------- before it starts
+
+
+def setup_of(folder: Path, size: int, **training: Any) -> Setup:
+    values = study_values(folder)
+    values["training"] |= training
+    return set_up(validate(values), None, Spread(size=size))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "size", "expected"),
+    [(4, "auto", 2, (2, "auto")), (5, "auto", 2, (3, "auto")), (8, 2, 3, (4, 2)), (4, 4, 3, (2, 2)),
+     (4, 4, 1, (4, 4))],
+)  # fmt: skip
+def test_the_fullest_device_is_planned(
+    tmp_path: Path, batch_size: int, micro: Any, size: int, expected: tuple[int, Any]
+) -> None:
+    setup = setup_of(tmp_path, size, batch_size=batch_size, micro_batch_size=micro)
+    assert setup.rows_of_a_device(batch_size) == expected
+    found = setup.predict(setup.space.middle(2))
+    assert found is not None and found.micro_batch_size <= expected[0]
+
+
+def test_fewer_rows_than_devices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training.batch_size: 4 rows .* 5 processes"):
+        setup_of(tmp_path, 5)
+
+
+def test_objects_of_one_process_are_refused(tmp_path: Path) -> None:
+    objects = Objects(train=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(InputError, match=r"model.name and data.name"):
+        set_up(validate(study_values(tmp_path)), objects, Spread(size=2))
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("FSDP_OFFLOAD_PARAMS", "offloading")],
+)
+def test_what_accelerate_can_and_this_cannot_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    for key, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", variable: "true"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=name):
+        join()
+
+
+def test_a_process_knows_whether_it_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert (num_processes(), is_follower()) == (1, False), "a cluster sets these for anything"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert (num_processes(), is_follower()) == (4, True)
+    monkeypatch.setenv("RANK", "0")
+    assert not is_follower()
+
+
+# ------------------------------------------------------------------------------- what it is made of
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_a_partition_in_turn(size: int) -> None:
+    shares = [Spread(rank=rank, size=size).share(range(7)) for rank in range(size)]
+    assert sorted(row for share in shares for row in share) == list(range(7))
+    assert [share[0] for share in shares] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_buckets_hold_every_gradient_once_and_one_dtype_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rsauto.training.spread.BUCKET_BYTES", 40)
+    sizes = [3, 4, 30, 1, 2]
+    tensors = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    tensors.insert(4, nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
+    found = list(_buckets(tensors))
+    assert [[len(t) for t in bucket] for bucket in found] == [[3, 4], [30], [1], [1], [2]]
