@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from rsauto.report.standing import Gain
 from rsauto.report.table import ALLOCATION_COLUMNS, COLUMNS, PEFT_NAMES, is_refit
-from rsauto.report.verdict import Gain, Verdict
+from rsauto.report.verdict import Verdict
 from rsauto.report.wording import needs_room
 from rsauto.units import (
     ABSENT,
@@ -95,9 +96,9 @@ def marks_text(marks: str | None, is_tied: bool | None) -> str:
     return ", ".join(named)
 
 
-def _means(ranks: pd.DataFrame) -> list[str | None]:
+def _means(ranks: pd.DataFrame) -> list[str]:
     return [
-        None if pd.isna(mean) else mean_text(float(mean), None if pd.isna(half) else float(half))
+        ABSENT if pd.isna(mean) else mean_text(float(mean), None if pd.isna(half) else float(half))
         for mean, half in zip(ranks["objective"], ranks["half_width"], strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""What a report says beside its tables: where tokens went, how trials ended, the law of the rate."""
+"""What a report says beside its tables: the rate's law, where tokens went, how trials ended."""
 
 from __future__ import annotations
 

@@ -39,11 +39,12 @@ RANK_COLUMNS = {
     "is_tied": "boolean",
 }
 """Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
-half_width that of the mean's 95 % interval (NA for a single run), best_single the best single trial; the settings and costs are those of that configuration, and r_max
-is the largest rank of any of its modules, which a server must allow. measured_peak_bytes and
-train_seconds are of trials that ran alone: those of that configuration, else others of the row that
-cost the same; NA where none did. is_tied says whether the row is not told apart from the best over
-the seeds; NA where it is no candidate or nothing is known about the noise."""
+half_width that of the mean's 95 % interval (NA for a single run), best_single the best trial; the
+settings and costs are those of that configuration, and r_max is the largest rank of any of its
+modules, which a server must allow. measured_peak_bytes and train_seconds are of trials that ran
+alone: those of that configuration, else others of the row that cost the same; NA where none did.
+is_tied says whether the row is not told apart from the best over the seeds; NA where it is no
+candidate or nothing is known about the noise."""
 
 _COSTS = (
     "smallest_budget_bytes",

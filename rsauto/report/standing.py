@@ -23,7 +23,7 @@ class Standing:
     """Mean over its seeds."""
     num_seeds: int
     half_width: float | None = None
-    """Of the 95 % interval of the mean; None for a single run, which may be the luckiest of many."""
+    """Of the 95 % interval of the mean; None for a single run, which may be the luckiest."""
     need_bytes: int | None
     """The smallest budget it can be trained in, see ``cost_bytes``."""
 

@@ -63,7 +63,7 @@ class Verdict:
     standings: Mapping[str, Standing]
     """Means behind default, default_tuned, best and recommended, where they finished."""
     ties: tuple[Standing, ...]
-    """The best and what repeated seeds do not tell apart from it, least memory first; or nothing."""
+    """The best and what seeds do not tell apart from it, least memory first; or nothing."""
     tie_half_width: float | None
     """Candidates no further apart than this are not told apart: the intervals of their differences
     from the best hold all together with 95 %. None where nothing is known about the noise."""

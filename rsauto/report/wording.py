@@ -113,7 +113,7 @@ def _ties(verdict: Verdict) -> tuple[str, ...]:
     names = list(dict.fromkeys(_tie_name(s, is_only=len(kinds) == 1) for s in verdict.ties))
     cheap, dear = verdict.ties[0], verdict.ties[-1]
     if len(names) == 1:
-        return (f"Several settings of {names[0]} cannot be told apart at this noise.",)
+        return (f"{len(verdict.ties)} settings of {names[0]} cannot be told apart at this noise.",)
     half_width = verdict.tie_half_width
     if len(verdict.ties) == 2:
         difference = difference_text(abs(cheap.objective - dear.objective), half_width)
