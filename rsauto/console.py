@@ -6,7 +6,7 @@ Everything is drawn from the events of a study; the driver knows nothing of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,10 +19,13 @@ from rich.table import Table
 from rsauto.config import StudyConfig
 from rsauto.data import lines as preflight_lines
 from rsauto.in_flight import InFlight
-from rsauto.records import Role, TrialRecord
-from rsauto.report.ranks import packing_note, rank_table
+from rsauto.records import TrialRecord
+from rsauto.report.cells import marks_text
+from rsauto.report.notes import ROLE_NAMES, notes
+from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, is_refit
 from rsauto.report.verdict import Verdict
+from rsauto.report.wording import noise_remark
 from rsauto.search.allowance import Allowance
 from rsauto.search.events import (
     AllowanceRaised,
@@ -44,6 +47,7 @@ from rsauto.search.setup import Setup, probes
 from rsauto.units import (
     bytes_text,
     count_text,
+    mean_text,
     method_text,
     objective_text,
     rate_text,
@@ -162,15 +166,6 @@ class Display:
         return seconds_text(pace * max(0, self.config.search.trials - num_settled))
 
 
-ROLES: Mapping[Role, str] = {
-    "default": "default",
-    "default_tuned": "tuned default",
-    "search": "search",
-    "seed": "other seed",
-    "refit": "refit",
-}
-
-
 def objective_value(record: TrialRecord, config: StudyConfig) -> float | None:
     """The study's objective of a record, None where it was not measured."""
     name = config.search.objective
@@ -182,7 +177,7 @@ def objective_value(record: TrialRecord, config: StudyConfig) -> float | None:
 
 def _role_text(record: TrialRecord) -> str:
     """A refit on another seed is told from rsLoRA of one rank on another seed."""
-    name = ROLES[record.role]
+    name = ROLE_NAMES[record.role]
     return f"refit, {record.role}" if is_refit(record) and record.role != "refit" else name
 
 
@@ -249,8 +244,7 @@ def plan_table(setup: Setup) -> Table:
 def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
     """The table of ranks, the sentence, and where the files are."""
     console.print(ranks_as_table(study, verdict, console.width))
-    note = packing_note(study.records)
-    if note is not None:
+    for note in (noise_remark(verdict), *notes(study.records, verdict)):
         console.print(note, style="dim", markup=False, highlight=False)
     console.print()
     for sentence in verdict.sentences:
@@ -290,6 +284,15 @@ def ranks_as_table(study: Study, verdict: Verdict, width: int) -> Table:
     return table
 
 
+def _objective_text(row: dict[str, Any]) -> str:
+    mean = row["objective"]
+    return value_text(None) if mean is None else mean_text(mean, row["half_width"])
+
+
+def _remark(row: dict[str, Any]) -> str:
+    return "too large" if row["fits"] is False else marks_text(row["marks"], row["is_tied"])
+
+
 class RankColumn(NamedTuple):
     """A column of the table of ranks."""
 
@@ -304,7 +307,7 @@ RANK_COLUMNS = (
     RankColumn("method", lambda row: method_text(row["method"], is_refit=row["refit"]), "left"),
     RankColumn("rank", lambda row: str(row["rank"])),
     RankColumn("largest", lambda row: str(row["r_max"] or "-"), always=False),
-    RankColumn("{objective}", lambda row: value_text(row["objective"])),
+    RankColumn("{objective}", _objective_text),
     RankColumn("seeds", lambda row: str(row["num_seeds"] or "-"), always=False),
     RankColumn("alpha", lambda row: str(row["alpha"] or "-"), always=False),
     RankColumn("lr", lambda row: rate_text(row["learning_rate"])),
@@ -314,7 +317,7 @@ RANK_COLUMNS = (
     RankColumn("trainable", lambda row: count_text(row["num_trainable_params"]), always=False),
     RankColumn("time", lambda row: seconds_text(row["train_seconds"])),
     RankColumn("FLOPs", lambda row: count_text(row["flops"]), always=False),
-    RankColumn("", lambda row: "too large" if row["fits"] is False else row["marks"] or "", "left"),
+    RankColumn("", _remark, "left"),
 )
 
 WIDE = 150

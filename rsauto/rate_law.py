@@ -13,12 +13,14 @@ ranks, whose place moves with rank: ln L = f(rho) + c (x - m - s rho)^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rsauto.intervals import t_quantile
+from rsauto.records import Method, TrialRecord
 
 WINDOW_OCTAVES = 1.5
 """How far from the best learning rate of its rank a trial may lie and still be on the parabola."""
@@ -82,13 +84,74 @@ def best_rate(points: Sequence[tuple[float, float]]) -> float | None:
     return None if found is None else 2.0**found
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surface:
+    """ln L as a response surface of second order over x and rho (Box and Wilson 1951), both from
+    their means: coefficients of 1, rho, rho^2, x, x^2, x rho."""
+
+    coefficients: Any
+    covariance: Any
+    """Of the coefficients, (6, 6)."""
+    freedom: int
+    mean_x: float
+    mean_rho: float
+    num_trials: int
+
+    @property
+    def law(self) -> RateLaw:
+        """s = -b_xrho / (2 b_xx), with the interval of the delta method and Student's t."""
+        b_xx, b_xrho = self._curvature, float(self.coefficients[5])
+        gradient = np.array([0, 0, 0, 0, b_xrho / (2 * b_xx**2), -1 / (2 * b_xx)])
+        return RateLaw(
+            exponent=-b_xrho / (2 * b_xx),
+            half_width=self._half_width(gradient),
+            num_trials=self.num_trials,
+        )
+
+    def best(self, rank: float) -> tuple[float, float]:
+        """x of the best learning rate at a rank, -(b_x + b_xrho rho) / (2 b_xx), and the half width
+        of its 95 % interval."""
+        rho = math.log2(rank) - self.mean_rho
+        b_xx = self._curvature
+        slope = float(self.coefficients[3]) + float(self.coefficients[5]) * rho
+        gradient = np.array([0, 0, 0, -1, slope / b_xx, -rho]) / (2 * b_xx)
+        return self.mean_x - slope / (2 * b_xx), self._half_width(gradient)
+
+    @property
+    def _curvature(self) -> float:
+        return float(self.coefficients[4])
+
+    def _half_width(self, gradient: Any) -> float:
+        variance = float(gradient @ self.covariance @ gradient)
+        return t_quantile(self.freedom) * math.sqrt(max(0.0, variance))
+
+
+def whole_search_trials(records: Iterable[TrialRecord], method: Method) -> list[RatePoint]:
+    """The search trials of a method that ran at full length, which alone a law is fitted to."""
+    return [
+        RatePoint(record.rank, record.learning_rate, record.eval_loss)
+        for record in records
+        if record.role == "search"
+        and record.method == method
+        and record.outcome == "complete"
+        and record.eval_loss is not None
+    ]
+
+
 def fit_trials(points: Sequence[RatePoint]) -> RateLaw | None:
     """The exponent from the trials of one study, with whatever rates it happened to try.
 
-    Least squares of ln L on 1, rho, rho^2, x, x^2, x rho (a response surface of second order, Box
-    and Wilson 1951), whose coefficients b_xx and b_xrho give s = -b_xrho / (2 b_xx); the interval
-    is that of the delta method with Student's t. None where there are too few trials, they say
-    nothing of x at two ranks, or the surface has no minimum over x.
+    None where `fit_surface` is.
+    """
+    surface = fit_surface(points)
+    return None if surface is None else surface.law
+
+
+def fit_surface(points: Sequence[RatePoint]) -> Surface | None:
+    """The least-squares surface through the trials near the best of their ranks.
+
+    None where there are too few trials, they say nothing of x at two ranks, or the surface has no
+    minimum over x.
     """
     near = _near_the_best([p for p in points if 0 < p.loss < math.inf])
     ranks = {point.rank for point in near}
@@ -97,22 +160,22 @@ def fit_trials(points: Sequence[RatePoint]) -> RateLaw | None:
         return None
     x = np.log2([point.rate for point in near])
     rho = np.log2([point.rank for point in near])
-    x, rho = x - x.mean(), rho - rho.mean()
+    mean_x, mean_rho = float(x.mean()), float(rho.mean())
+    x, rho = x - mean_x, rho - mean_rho
     design = np.stack([np.ones_like(x), rho, rho**2, x, x**2, x * rho], axis=1)
     if np.linalg.cond(design) > 1e6:
         return None
     values = np.log([point.loss for point in near])
     found, *_ = np.linalg.lstsq(design, values, rcond=None)
     residual = values - design @ found
-    covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / freedom
-    b_xx, b_xrho = float(found[4]), float(found[5])
-    if b_xx <= 0:
+    if float(found[4]) <= 0:
         return None
-    gradient = np.array([0, 0, 0, 0, b_xrho / (2 * b_xx**2), -1 / (2 * b_xx)])
-    deviation = math.sqrt(max(0.0, float(gradient @ covariance @ gradient)))
-    return RateLaw(
-        exponent=-b_xrho / (2 * b_xx),
-        half_width=t_quantile(freedom) * deviation,
+    return Surface(
+        coefficients=found,
+        covariance=np.linalg.inv(design.T @ design) * float(residual @ residual) / freedom,
+        freedom=freedom,
+        mean_x=mean_x,
+        mean_rho=mean_rho,
         num_trials=len(near),
     )
 

@@ -86,6 +86,11 @@ def difference_text(difference: float, half_width: float | None) -> str:
     return f"{difference:.{decimals}f} ± {half_width:.{decimals}f}"
 
 
+def mean_text(value: float, half_width: float | None) -> str:
+    """'1.2273 ± 0.0051'; an objective without an interval as ``value_text``."""
+    return difference_text(value, half_width) if half_width else value_text(value)
+
+
 def objective_text(objective: str) -> str:
     """'eval_loss' as 'eval loss'."""
     return objective.replace("_", " ")

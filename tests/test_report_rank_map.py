@@ -21,13 +21,14 @@ from test_report_records import (
     write_study,
 )
 
-from rsauto.console import ROLES, WIDE, ranks_as_table, trial_line
+from rsauto.console import WIDE, ranks_as_table, trial_line
 from rsauto.plan_view import METHODS
 from rsauto.records import AllocationSpec, Role, TrialRecord
 from rsauto.report.cells import rank_grid, tiles, trial_grid
 from rsauto.report.drawing import drawing
 from rsauto.report.figures import panels
 from rsauto.report.interactive import interactive
+from rsauto.report.notes import ROLE_NAMES
 from rsauto.report.page import write_report
 from rsauto.report.panel import BLUE, NONE, SCALE, HeatMap, Panel
 from rsauto.report.rank_map import OUTSIDE, Place, place, rank_map, short_names
@@ -315,7 +316,7 @@ def test_a_rank_that_only_adalora_was_tried_at_is_not_called_too_large_for_all()
 
 
 def test_lines_of_the_terminal_name_every_role_and_stay_aligned() -> None:
-    assert set(ROLES) == set(get_args(Role))
+    assert set(ROLE_NAMES) == set(get_args(Role))
     assert set(METHODS) >= set(METHOD_NAMES)
     trials = [
         record(0, 8, 5e-5, method="lora", role="default"),

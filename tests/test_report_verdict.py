@@ -70,10 +70,13 @@ def test_a_whole_study() -> None:
     assert verdict.gain.difference == pytest.approx(expected)
     assert verdict.gain.half_width == pytest.approx(verdict.noise.half_width(2, 2))
     assert verdict.sentences == (
-        "Take rank 64 (alpha 16, learning rate 1.6e-3, rsLoRA): its eval loss 1.227 (mean of 3 "
-        "seeds) is within 1 % of the best (rank 128, 1.224) and it needs 21.4 MiB, 7.87 MiB less.",
-        "It beats the tuned default (LoRA, rank 8, learning rate 2e-3; 1.353) by 0.1252 ± 0.0088 "
-        "(9.3 %) on the 2 seeds that chose neither.",
+        "Take rank 64 (alpha 16, learning rate 1.6e-3, rsLoRA): its eval loss 1.2273 ± 0.0051 "
+        "(mean of 3 seeds) is within 1 % of the best (rank 128, 1.2238 ± 0.0051) and it needs "
+        "21.4 MiB.",
+        "Rank 64 and rank 128 cannot be told apart at this noise: they differ by 0.0035 ± 0.0094; "
+        "rank 64 needs 7.87 MiB less.",
+        "It beats the tuned default (LoRA, rank 8, learning rate 2e-3; 1.3528 ± 0.0051) by "
+        "0.1252 ± 0.0088 (9.3 %) on the 2 seeds that chose neither.",
         "Rank 256 does not fit the memory budget of 32.0 MiB: it needs 45.0 MiB.",
     )
 
@@ -112,7 +115,7 @@ def test_the_interval_widens_what_counts_as_equal() -> None:
     records += [searched(3 + n, 8, loss, seed=n) for n, loss in enumerate((1.33, 1.23, 1.30))]
     text = say(*records)
     assert "Take rank 8" in text
-    assert "cannot be told apart, over the seeds, from the best (rank 64, 1.250)" in text
+    assert "cannot be told apart, over the seeds, from the best (rank 64, 1.250 ± 0.081)" in text
 
 
 def test_the_default_may_win() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from rsauto.report.standing import Gain
 from rsauto.report.table import ALLOCATION_COLUMNS, COLUMNS, PEFT_NAMES, is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.report.wording import needs_room
@@ -16,6 +17,7 @@ from rsauto.units import (
     bytes_text,
     count_text,
     difference_text,
+    mean_text,
     method_text,
     objective_text,
     percent_text,
@@ -41,6 +43,9 @@ _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rat
 _TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern", "pack_id"})
 """Of the list of trials: other names of its columns, a pattern, which is a figure, and the name of
 a pack, which says nothing to people."""
+_NAMES = {"fidelity": "share of full length"}
+_WORDED = frozenset({"mean", "finished"})
+"""Columns of numbers that are put into words before they get to the grid."""
 _Write = Callable[[Any], str]
 
 
@@ -51,7 +56,7 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("method", "method", str),
         ("r_max", "largest rank", str),
         ("marks", "", str),
-        ("objective", objective_text(verdict.objective), value_text),
+        ("mean", objective_text(verdict.objective), str),
         ("num_seeds", "seeds", str),
         ("best_single", "best single", value_text),
         ("alpha", "alpha", str),
@@ -63,7 +68,8 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("num_trainable_params", "trainable", count_text),
         ("train_seconds", "train time", seconds_text),
         ("flops", "FLOPs", count_text),
-        ("num_complete", "finished", str),
+        ("finished", "finished", str),
+        ("num_pruned", "pruned", str),
     )
     names = [
         method_text(method, is_refit=refit)
@@ -75,7 +81,41 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         "recommended" if "recommended" in str(marks) else "" if fits is True else "unfit"
         for marks, fits in zip(ranks["marks"], ranks["fits"].astype(object), strict=True)
     )
-    return _grid(ranks.assign(method=names), wording, classes)
+    if not (ranks["num_pruned"] > 0).any():
+        wording = tuple(entry for entry in wording if entry[0] != "num_pruned")
+    shown = ranks.assign(method=names, mean=_means(ranks), marks=_marks(ranks),
+                         finished=_finished(ranks))  # fmt: skip
+    return _grid(shown, wording, classes)
+
+
+def marks_text(marks: str | None, is_tied: bool | None) -> str:
+    """What the verdict says of a rank, and whether the noise leaves it as good as the best."""
+    named = (marks or "").split(", ") if marks else []
+    if is_tied and "best" not in named:
+        named.append("not told apart from the best")
+    return ", ".join(named)
+
+
+def _means(ranks: pd.DataFrame) -> list[str]:
+    return [
+        ABSENT if pd.isna(mean) else mean_text(float(mean), None if pd.isna(half) else float(half))
+        for mean, half in zip(ranks["objective"], ranks["half_width"], strict=True)
+    ]
+
+
+def _marks(ranks: pd.DataFrame) -> list[str]:
+    plain = ranks[["marks", "is_tied"]].astype(object).where(ranks[["marks", "is_tied"]].notna())
+    return [
+        marks_text(marks, tied is True)
+        for marks, tied in zip(plain["marks"], plain["is_tied"], strict=True)
+    ]
+
+
+def _finished(ranks: pd.DataFrame) -> list[str]:
+    return [
+        f"{done} of {tried}"
+        for done, tried in zip(ranks["num_complete"], ranks["num_trials"], strict=True)
+    ]
 
 
 def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
@@ -86,7 +126,9 @@ def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
         for name in trials.columns
         if name not in first and name not in _TOLD_ELSEWHERE and _differs(trials, str(name))
     ]
-    wording = tuple((name, name.replace("_", " "), _writer(name)) for name in (*first, *rest))
+    wording = tuple(
+        (name, _NAMES.get(name, name.replace("_", " ")), _writer(name)) for name in (*first, *rest)
+    )
     return _grid(trials, wording, tuple(str(outcome) for outcome in trials["outcome"]))
 
 
@@ -111,6 +153,10 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
             settings.append(f"largest rank of a module {record.r_max}")
         found.append(("rank to take", str(record.rank), ", ".join(settings)))
         seeds = f"mean of {chosen.num_seeds} seeds" if chosen.num_seeds > 1 else "one seed"
+        if chosen.half_width is not None:
+            seeds += f", ± {chosen.half_width:.2g} (95 %)"
+        elif verdict.noise is None:
+            seeds += ", noise not known"
         if verdict.baseline is not None:
             seeds += f"; base model {value_text(verdict.baseline)}"
         found.append((name, value_text(chosen.objective), seeds))
@@ -120,18 +166,26 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
             limit = f"predicted, {limit}"
         found.append(("memory needed", bytes_text(chosen.need_bytes), limit))
     if verdict.gain is not None:
-        relative = verdict.gain.relative
         found.append(
             (
                 "gain over the tuned default",
-                percent_text(relative) if relative is not None else ABSENT,
+                _gain_value(verdict.gain),
                 difference_text(verdict.gain.difference, verdict.gain.half_width)
-                + (" (95 %)" if verdict.gain.half_width is not None else ", no interval"),
+                + (" (95 %)" if verdict.gain.half_width is not None else ", noise not known"),
             )
         )
     finished = f"{verdict.num_complete} finished at full length"
+    if verdict.num_pruned:
+        finished += f", {verdict.num_pruned} pruned at a rung"
     found.append(("trials", str(verdict.num_trials), finished))
     return found
+
+
+def _gain_value(gain: Gain) -> str:
+    """A gain that may be zero is not put in large figures."""
+    if gain.half_width is not None and not gain.is_certain:
+        return "within noise"
+    return percent_text(gain.relative) if gain.relative is not None else ABSENT
 
 
 def _grid(
@@ -144,7 +198,7 @@ def _grid(
     return Grid(
         headers=tuple(header for _, header, _ in wording),
         rows=tuple(zip(*columns, strict=True)),
-        is_number=tuple(_is_number(frame[name]) for name, _, _ in wording),
+        is_number=tuple(name in _WORDED or _is_number(frame[name]) for name, _, _ in wording),
         classes=classes,
     )
 
@@ -163,6 +217,8 @@ def _writer(name: str) -> _Write:
         return seconds_text
     if name in ("flops", "tokens", "num_trainable_params"):
         return count_text
+    if name == "fidelity":
+        return percent_text
     if name in ("feasible", "refit"):
         return lambda holds: "yes" if holds else "no"
     if {**COLUMNS, **ALLOCATION_COLUMNS}.get(name, "Float64") == "Float64":

@@ -111,6 +111,18 @@ def _write_values(axes: Axes, panel: HeatMap) -> None:
 
 
 def _draw(axes: Axes, layer: Layer) -> None:
+    if layer.y_high:
+        name = _plain(layer.name) if layer.in_legend else "_nolegend_"
+        axes.fill_between(
+            list(layer.x), list(layer.y), list(layer.y_high),
+            color=layer.colour, alpha=layer.opacity, linewidth=0, label=name, zorder=1,
+        )  # fmt: skip
+        return
+    if layer.half_width:
+        axes.errorbar(
+            list(layer.x), list(layer.y), yerr=layer.half_width,
+            fmt="none", ecolor=layer.colour, elinewidth=1.4, capsize=4, zorder=3,
+        )  # fmt: skip
     is_open = layer.symbol in ("ring", "down")
     axes.plot(
         list(layer.x),
@@ -141,6 +153,12 @@ def _dress(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(FixedLocator([at for at, _ in panel.x_ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([_plain(name) for _, name in panel.x_ticks])
+    if panel.y_is_log:
+        axes.set_yscale("log")
+    if panel.y_ticks:
+        axes.yaxis.set_major_locator(FixedLocator([at for at, _ in panel.y_ticks]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_yticklabels([_plain(name) for _, name in panel.y_ticks])
     if panel.y_range is not None:
         axes.set_ylim(*panel.y_range)
     if panel.x_limit is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,23 +15,27 @@ from rsauto.report.panel import (
     BLUE,
     GREEN,
     GREY,
+    METHOD_COLOURS,
     ORANGE,
-    PINK,
     RANK_COLOURS,
     VERMILLION,
     HeatMap,
     Layer,
     Panel,
     Symbol,
+    rate_ticks,
 )
 from rsauto.report.pareto import pareto
 from rsauto.report.predictions import predictions_panel
 from rsauto.report.rank_map import rank_map
+from rsauto.report.rate_figure import rates_panel
 from rsauto.report.table import cost_bytes, table
 from rsauto.report.verdict import Verdict
+from rsauto.report.wording import noise_remark
 from rsauto.units import (
     byte_unit,
     bytes_text,
+    mean_text,
     method_text,
     objective_text,
     rank_text,
@@ -40,7 +43,6 @@ from rsauto.units import (
     value_text,
 )
 
-_METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
 _RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "down")
 _KINDS: tuple[tuple[str, Symbol, str], ...] = (
     ("searched", "circle", "{}"),
@@ -67,6 +69,7 @@ def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel | He
         _memory(trials, verdict),
         _by_rank(trials, verdict),
         _learning_rates(trials, verdict),
+        rates_panel(records),
         rank_map(records, verdict),
         curves_panel(records),
         predictions_panel(trials),
@@ -157,7 +160,7 @@ def _trial_layers(
     kind = kind.mask(done["refit"], "refit")
     layers = []
     for method in sorted(done["method"].unique(), reverse=True):
-        colour = _METHOD_COLOURS.get(method, GREY)
+        colour = METHOD_COLOURS.get(method, GREY)
         for which, symbol, name in _KINDS:
             rows = done[(done["method"] == method) & (kind == which)]
             layer = _points(name.format(method_text(method)), rows, x, divisor, verdict, scale)
@@ -201,8 +204,9 @@ def _marked(x: str, divisor: float, verdict: Verdict, scale: _Scale) -> list[Lay
                 colour=colour,
                 symbol=symbol,
                 size=15.0,
+                half_width=standing.half_width,
                 hover=(f"{name}{seeds}\nrank {standing.record.rank}: "
-                       f"{value_text(standing.objective)}",),
+                       f"{mean_text(standing.objective, standing.half_width)}",),
             )
         )  # fmt: skip
     return layers
@@ -234,7 +238,8 @@ def _memory(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         key="memory",
         title=f"What memory buys: {name} against memory",
         caption="Every trial at the smallest budget it can be trained in alone, as predicted. The "
-        f"line joins the trials that no other beats in both. {_AT_THE_EDGE}{told}",
+        f"line joins the trials that no other beats in both. {noise_remark(verdict)} "
+        f"{_AT_THE_EDGE}{told}",
         x_label=f"smallest memory budget ({unit})",
         y_label=name,
         layers=(*([line] if line.x else []), *_trial_layers(trials, x, divisor, verdict, scale),
@@ -257,7 +262,7 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
                 name=f"best of {method_text(str(method), is_refit=bool(refit))}",
                 x=tuple(float(rank) for rank in line.index),
                 y=tuple(scale.place(float(v)) for v in line),
-                colour=_METHOD_COLOURS.get(str(method), GREY),
+                colour=METHOD_COLOURS.get(str(method), GREY),
                 dash="dot" if refit else "solid",
             )
         )
@@ -265,8 +270,8 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
     return Panel(
         key="rank",
         title=f"What rank buys: {name} against rank",
-        caption="The line follows the best single trial of each rank; all trials are shown. "
-        + _AT_THE_EDGE,
+        caption="The line follows the best single trial of each rank; all trials are shown, means "
+        f"over seeds with their 95 % intervals. {noise_remark(verdict)} {_AT_THE_EDGE}",
         x_label="rank",
         y_label=name,
         layers=(*(line for line in lines if len(line.x) > 1),
@@ -308,16 +313,6 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         y_label=name,
         layers=tuple(layers),
         x_is_log=True,
-        x_ticks=_rate_ticks(done["learning_rate"].astype(float)),
+        x_ticks=rate_ticks(float(done["learning_rate"].min()), float(done["learning_rate"].max())),
         y_range=_y_range(scale),
     )
-
-
-def _rate_ticks(rates: pd.Series[float]) -> tuple[tuple[float, str], ...]:
-    """1, 2 and 5 in every decade, from the one below the lowest rate to the one above the highest;
-    powers of ten alone if that would be too many to read."""
-    low, high = math.floor(math.log10(rates.min())), math.ceil(math.log10(rates.max()))
-    steps = (1, 2, 5) if high - low < 4 else (1,)
-    ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
-    inside = [t for t in ticks if rates.min() / 2.5 <= t <= rates.max() * 2.5]
-    return tuple((tick, rate_text(tick)) for tick in inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,10 +45,8 @@ def _layers(panel: Panel) -> go.Figure:
         height=_HEIGHT,
         legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
         xaxis=_x_axis(panel),
-        yaxis=_axis(panel.y_label),
+        yaxis=_y_axis(panel),
     )
-    if panel.y_range is not None:
-        figure.update_yaxes(range=list(panel.y_range))
     if panel.x_limit is not None:
         figure.add_vline(
             x=panel.x_limit,
@@ -136,7 +135,45 @@ def _x_axis(panel: Panel) -> dict[str, Any]:
     return axis
 
 
+def _y_axis(panel: Panel) -> dict[str, Any]:
+    axis = _axis(panel.y_label)
+    if panel.y_range is not None:
+        ends = panel.y_range
+        axis["range"] = [math.log10(end) for end in ends] if panel.y_is_log else list(ends)
+    if panel.y_is_log:
+        axis["type"] = "log"
+    if panel.y_ticks:
+        axis["tickvals"] = [at for at, _ in panel.y_ticks]
+        axis["ticktext"] = [html.escape(name) for _, name in panel.y_ticks]
+    return axis
+
+
+def _error(layer: Layer) -> dict[str, Any] | None:
+    if not layer.half_width:
+        return None
+    return {"type": "constant", "value": layer.half_width, "color": layer.colour, "width": 5}
+
+
+def _band(layer: Layer) -> go.Scatter:
+    """An area: there along its lower edge, back along its upper one."""
+    return go.Scatter(
+        name=html.escape(layer.name),
+        x=[*layer.x, *reversed(layer.x)],
+        y=[*layer.y, *reversed(layer.y_high)],
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=layer.colour,
+        opacity=layer.opacity,
+        hoverinfo="skip",
+        legendgroup=html.escape(layer.name),
+        showlegend=layer.in_legend,
+    )
+
+
 def _trace(layer: Layer) -> go.Scatter:
+    if layer.y_high:
+        return _band(layer)
     parts = [
         part
         for part, is_there in (("lines", layer.dash), ("markers", layer.symbol))
@@ -155,6 +192,7 @@ def _trace(layer: Layer) -> go.Scatter:
         hoverinfo="text" if text else "skip",
         legendgroup=html.escape(layer.name),
         showlegend=layer.in_legend,
+        error_y=_error(layer),
         line={
             "color": layer.colour,
             "width": 2,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from rsauto import study_file
 from rsauto.report.cells import Grid, tiles
+from rsauto.report.notes import endings, notes, token_grid
 from rsauto.report.panel import HeatMap, Panel
-from rsauto.report.ranks import packing_note
 from rsauto.report.table import Study
 from rsauto.report.verdict import Verdict
+from rsauto.report.wording import noise_remark
 
 
 def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
@@ -29,27 +29,31 @@ def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel 
     if ranks.rows:
         parts += ["## What each rank costs and what it buys",
                   _table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
-    note = packing_note(study.records)
-    if note is not None:
-        parts.append(_inline(note))
+        parts.append(_inline(noise_remark(verdict)))
+    parts += [_inline(note) for note in notes(study.records, verdict)]
     for panel in shown:
         parts += [f"![{_inline(panel.alt)}](figures/{panel.key}.svg)", _inline(panel.caption)]
+    tokens = token_grid(study.records)
+    if tokens.rows:
+        parts += ["## Where the tokens went",
+                  _table(tokens.headers, tokens.rows, tokens.is_number)]  # fmt: skip
     parts += _unfinished(study)
     parts += ["## Study", _fenced(study_file.dump(study.config), "yaml")]
     return "\n\n".join(parts) + "\n"
 
 
 def _unfinished(study: Study) -> list[str]:
-    counts = Counter(record.outcome for record in study.records)
-    if not counts:
+    if not study.records:
         return []
-    told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
     errors = [
         (str(record.number), record.outcome, record.error)
         for record in study.records
         if record.error
     ]
-    parts = ["## How the trials ended", f"{told}. All of them are in `tradeoff.csv`."]
+    parts = [
+        "## How the trials ended",
+        f"{endings(study.records)}. All of them are in `tradeoff.csv`.",
+    ]
     if errors:
         parts.append(_table(("trial", "outcome", "error"), errors, (True, False, False)))
     return parts

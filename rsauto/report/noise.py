@@ -68,18 +68,26 @@ class Noise:
     num_configurations: int
     """Configurations with two or more seeds, all taken to be equally noisy."""
 
-    def half_width(self, num_seeds: int, other_num_seeds: int) -> float:
+    def half_width(self, num_seeds: int, other_num_seeds: int, num_comparisons: int = 1) -> float:
         """Half width of the 95 % interval of a difference of two means over seeds,
 
-            t_{0.975, nu} s_p sqrt(1/n + 1/m)
+            t_{1 - 0.025 / k, nu} s_p sqrt(1/n + 1/m)
 
         (two-sample interval with a pooled deviation, NIST/SEMATECH e-Handbook, section 7.3.1.1).
+        With k = ``num_comparisons`` such intervals, all of them hold together with 95 % or more.
         Seeds that two configurations share are not paired up, which makes it too wide, if anything.
         """
         if num_seeds < 1 or other_num_seeds < 1:
             raise ValueError(f"a mean needs a seed or more, got {num_seeds=}, {other_num_seeds=}")
         spread = math.sqrt(1 / num_seeds + 1 / other_num_seeds)
-        return t_quantile(self.degrees_of_freedom) * self.pooled_deviation * spread
+        quantile = t_quantile(self.degrees_of_freedom, num_comparisons)
+        return quantile * self.pooled_deviation * spread
+
+    def mean_half_width(self, num_seeds: int) -> float:
+        """Half width of the 95 % interval of one mean over seeds, t_{0.975, nu} s_p / sqrt(n)."""
+        if num_seeds < 1:
+            raise ValueError(f"a mean needs a seed or more, got {num_seeds=}")
+        return t_quantile(self.degrees_of_freedom) * self.pooled_deviation / math.sqrt(num_seeds)
 
 
 def full_runs(trials: pd.DataFrame, objective: str) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,12 +20,14 @@ from rsauto.report.drawing import drawing
 from rsauto.report.figures import panels
 from rsauto.report.interactive import interactive
 from rsauto.report.markdown import markdown
+from rsauto.report.notes import endings, notes, token_grid
 from rsauto.report.panel import HeatMap, Panel
-from rsauto.report.ranks import packing_note, rank_table
+from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, load_study
 from rsauto.report.verdict import Verdict, judge
+from rsauto.report.wording import noise_remark
 
-FIGURES = ("memory", "rank", "learning_rate", "rank_map", "curves", "predictions")
+FIGURES = ("memory", "rank", "learning_rate", "rate_law", "rank_map", "curves", "predictions")
 """Keys of the panels, names of the files in figures/."""
 
 
@@ -89,10 +90,12 @@ def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | He
         study=study,
         verdict=verdict,
         tiles=tiles(verdict),
-        outcomes=sorted(Counter(record.outcome for record in study.records).items()),
+        endings=endings(study.records),
         errors=[(r.number, r.outcome, r.error) for r in study.records if r.error],
         ranks=ranks,
-        packing=packing_note(study.records),
+        notes=notes(study.records, verdict),
+        noise=noise_remark(verdict),
+        tokens=token_grid(study.records),
         trials=trial_grid(study.trials, verdict.objective),
         panels=shown,
         figures=_script_json({panel.key: interactive(panel).to_plotly_json() for panel in shown}),

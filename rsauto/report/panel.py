@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rsauto.units import rate_text
+
 Symbol = Literal["circle", "square", "diamond", "star", "down", "up", "cross", "plus", "ring"]
 Dash = Literal["solid", "dash", "dot"]
 
@@ -13,6 +15,7 @@ Dash = Literal["solid", "dash", "dot"]
 # black is left out because it vanishes on a dark page, and grey stands in for it.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8A8A"
+METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
 RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
 
 SCALE = ("#D9EBF8", "#56A5D6", BLUE, "#06284A")
@@ -20,6 +23,16 @@ SCALE = ("#D9EBF8", "#56A5D6", BLUE, "#06284A")
 apart without seeing colour, and every cell is filled, so that they suit a light and a dark page."""
 NONE = "#F2B84B"
 """A heat map's colour of 0, which must not pass for a small number."""
+
+
+def rate_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Labels of an axis of learning rates: 1, 2 and 5 in every decade, from the one below the
+    lowest to the one above the highest; powers of ten alone if that would be too many to read."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first < 4 else (1,)
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    inside = [t for t in ticks if low / 2.5 <= t <= high * 2.5]
+    return tuple((tick, rate_text(tick)) for tick in inside)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +52,10 @@ class Layer:
     opacity: float = 1.0
     hover: tuple[str, ...] = ()
     in_legend: bool = True
+    y_high: tuple[float, ...] = ()
+    """Fills the band from y to here instead of drawing y."""
+    half_width: float | None = None
+    """Of the interval that is drawn about every point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +72,8 @@ class Panel:
     x_is_log: bool = False
     x_ticks: tuple[tuple[float, str], ...] = ()
     """Where a logarithmic axis is labelled, and how."""
+    y_is_log: bool = False
+    y_ticks: tuple[tuple[float, str], ...] = ()
     y_range: tuple[float, float] | None = None
     x_limit: float | None = None
     x_limit_name: str = ""

@@ -20,7 +20,9 @@ RANK_COLUMNS = {
     "r_max": "Int64",
     "num_trials": "Int64",
     "num_complete": "Int64",
+    "num_pruned": "Int64",
     "objective": "Float64",
+    "half_width": "Float64",
     "num_seeds": "Int64",
     "best_single": "Float64",
     "alpha": "Int64",
@@ -34,12 +36,15 @@ RANK_COLUMNS = {
     "flops": "Float64",
     "fits": "boolean",
     "marks": "string",
+    "is_tied": "boolean",
 }
 """Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
-best_single the best single trial; the settings and costs are those of that configuration, and r_max
-is the largest rank of any of its modules, which a server must allow. measured_peak_bytes and
-train_seconds are of trials that ran alone: those of that configuration, else others of the row that
-cost the same; NA where none did."""
+half_width that of the mean's 95 % interval (NA for a single run), best_single the best trial; the
+settings and costs are those of that configuration, and r_max is the largest rank of any of its
+modules, which a server must allow. measured_peak_bytes and train_seconds are of trials that ran
+alone: those of that configuration, else others of the row that cost the same; NA where none did.
+is_tied says whether the row is not told apart from the best over the seeds; NA where it is no
+candidate or nothing is known about the noise."""
 
 _COSTS = (
     "smallest_budget_bytes",
@@ -93,6 +98,7 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
         "rank": first["rank"],
         "num_trials": len(group),
         "num_complete": len(runs),
+        "num_pruned": int((group["outcome"] == "pruned").sum()),
         "fits": _fits(group, verdict.memory_budget_bytes),
         "marks": _marks(first, verdict),
     }
@@ -106,8 +112,22 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
     row |= _measured_alone(best, runs)
     return row | {
         "objective": best[verdict.objective],
+        "half_width": _half_width(best, verdict),
+        "is_tied": _is_tied(best, verdict),
         "best_single": single.min() if verdict.minimize else single.max(),
     }
+
+
+def _half_width(best: pd.Series[Any], verdict: Verdict) -> float | None:
+    if verdict.noise is None or best["num_seeds"] < 2:
+        return None
+    return verdict.noise.mean_half_width(int(best["num_seeds"]))
+
+
+def _is_tied(best: pd.Series[Any], verdict: Verdict) -> bool | None:
+    if verdict.noise is None or best["num_seeds"] < verdict.candidate_seeds:
+        return None
+    return best["number"] in {standing.record.number for standing in verdict.ties}
 
 
 def _measured_alone(best: pd.Series[Any], runs: pd.DataFrame) -> dict[str, Any]:

@@ -19,40 +19,9 @@ from rsauto.errors import InputError, nearest
 from rsauto.records import ADALORA_METHODS, TrialRecord
 from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
 from rsauto.report.pareto import choose, fits
+from rsauto.report.standing import Gain, Standing, gain_over, standing_of
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes, table
 from rsauto.report.wording import sentences
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
-    """A configuration as its seeds show it."""
-
-    record: TrialRecord
-    """The trial that stands for it, one that ran alone where there is one."""
-    objective: float
-    """Mean over its seeds."""
-    num_seeds: int
-    need_bytes: int | None
-    """The smallest budget it can be trained in, see ``cost_bytes``."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gain:
-    """How much better one configuration is than another; positive is better."""
-
-    difference: float
-    half_width: float | None
-    """Of the 95 % interval of the difference; None without repeated seeds."""
-    relative: float | None
-    """Share of the other's objective; None where that is zero."""
-    num_fresh_seeds: int = 0
-    """Seeds it was measured on that had no part in choosing either; 0 where there are none and
-    the seeds that chose stand in, which favours what was chosen."""
-
-    @property
-    def is_certain(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.half_width is not None and abs(self.difference) > self.half_width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +48,8 @@ class Verdict:
     num_trials: int
     num_complete: int
     """Trials that may be compared: complete, at full length."""
+    num_pruned: int
+    """Trials that were stopped early, compared with others at the same step."""
     candidate_seeds: int
     """Seeds a configuration must have run on to be best or recommended."""
     baseline: float | None
@@ -91,9 +62,16 @@ class Verdict:
     recommended: TrialRecord | None
     standings: Mapping[str, Standing]
     """Means behind default, default_tuned, best and recommended, where they finished."""
+    ties: tuple[Standing, ...]
+    """The best and what seeds do not tell apart from it, least memory first; or nothing."""
+    tie_half_width: float | None
+    """Candidates no further apart than this are not told apart: the intervals of their differences
+    from the best hold all together with 95 %. None where nothing is known about the noise."""
     gain: Gain | None
     """Of recommended over default_tuned; None where either is missing or they are the same."""
     too_large: tuple[TooLarge, ...]
+    ended: str | None
+    """Why the search ended, where the study has written it down."""
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -137,7 +115,9 @@ def judge(
     rows = configurations(runs := full_runs(trials, asked.objective))
     noise = seed_noise(trials, asked.objective)
     min_seeds = _most_seeds(rows[fits(rows, asked.budget)], "search", asked.seeds)
-    standings = _standings(rows, records, asked, min_seeds, noise)
+    candidates = _candidates(rows, asked, min_seeds, noise)
+    by_number = {record.number: record for record in records}
+    standings = _standings(rows, by_number, asked, candidates, noise)
     default = next((record for record in records if record.role == "default"), None)
     stands_for = {name: standing.record for name, standing in standings.items()}
     return Verdict(
@@ -147,6 +127,7 @@ def judge(
         within=asked.within,
         num_trials=len(records),
         num_complete=len(runs),
+        num_pruned=sum(record.outcome == "pruned" for record in records),
         candidate_seeds=min_seeds,
         baseline=_baseline(environment, asked.objective),
         noise=noise,
@@ -155,18 +136,11 @@ def judge(
         best=stands_for.get("best"),
         recommended=stands_for.get("recommended"),
         standings=standings,
+        ties=_ties(candidates, standings.get("best"), by_number, asked.objective, noise),
+        tie_half_width=candidates.half_width,
         gain=_headline(standings, rows, runs, asked, noise),
         too_large=_too_large(trials, asked.budget),
-    )
-
-
-def gain_over(new: Standing, old: Standing, noise: Noise | None, *, minimize: bool) -> Gain:
-    """How much better ``new`` is than ``old``, with the interval that their seeds allow."""
-    difference = old.objective - new.objective if minimize else new.objective - old.objective
-    return Gain(
-        difference=difference,
-        half_width=None if noise is None else noise.half_width(new.num_seeds, old.num_seeds),
-        relative=difference / abs(old.objective) if old.objective else None,
+        ended=_ended(environment),
     )
 
 
@@ -207,44 +181,72 @@ def _on_fresh_seeds(
 
 def _standings(
     rows: pd.DataFrame,
-    records: Sequence[TrialRecord],
+    by_number: Mapping[int, TrialRecord],
     asked: _Question,
-    min_seeds: int,
+    candidates: _Candidates,
     noise: Noise | None,
 ) -> dict[str, Standing]:
     """The four configurations the verdict is about, as far as they finished."""
-    tolerance = 0.0 if noise is None else noise.half_width(min_seeds, min_seeds)
+    tolerance = candidates.half_width or 0.0
     chosen = {
         "default": _default(rows),
         "default_tuned": _default_tuned(rows, asked),
-        "best": _take(rows, asked, min_seeds, within=0.0, tolerance=0.0),
-        "recommended": _take(rows, asked, min_seeds, within=asked.within, tolerance=tolerance),
+        "best": _take(candidates.rows, asked, within=0.0, tolerance=0.0),
+        "recommended": _take(candidates.rows, asked, within=asked.within, tolerance=tolerance),
     }
-    by_number = {record.number: record for record in records}
     return {
-        name: _standing(row, asked.objective, by_number)
+        name: standing_of(row, asked.objective, by_number, noise)
         for name, row in chosen.items()
         if row is not None
     }
 
 
-def _standing(
-    row: pd.Series[Any], objective: str, by_number: Mapping[int, TrialRecord]
-) -> Standing:
-    need = cost_bytes(row.to_frame().T).iloc[0]
-    return Standing(
-        record=by_number[int(row["number"])],
-        objective=float(row[objective]),
-        num_seeds=int(row["num_seeds"]),
-        need_bytes=None if pd.isna(need) else int(need),
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidates:
+    """What may be best or recommended: fits the budget, and ran on enough seeds."""
+
+    rows: pd.DataFrame
+    half_width: float | None
+    """Two of them that are no further apart are not told apart."""
+
+
+def _candidates(
+    rows: pd.DataFrame, asked: _Question, min_seeds: int, noise: Noise | None
+) -> _Candidates:
+    """Every finalist is compared with the best, so their intervals hold all together (Bonferroni).
+
+    Single runs are too many for that and their noise is measured elsewhere: each pair by itself.
+    """
+    kept = rows[(rows["num_seeds"] >= min_seeds) & fits(rows, asked.budget)]
+    if noise is None:
+        return _Candidates(rows=kept, half_width=None)
+    comparisons = max(1, len(kept) - 1) if min_seeds > 1 else 1
+    return _Candidates(rows=kept, half_width=noise.half_width(min_seeds, min_seeds, comparisons))
+
+
+def _ties(
+    candidates: _Candidates,
+    best: Standing | None,
+    by_number: Mapping[int, TrialRecord],
+    objective: str,
+    noise: Noise | None,
+) -> tuple[Standing, ...]:
+    """The best and all candidates that are not told apart from it, what needs least memory first;
+    nothing where the best stands alone, or the noise is not known."""
+    if best is None or candidates.half_width is None:
+        return ()
+    values = candidates.rows[objective].astype(float)
+    slack = 1e-12 * abs(best.objective)  # as in the choice, for a row on the limit
+    near = candidates.rows[(values - best.objective).abs() <= candidates.half_width + slack]
+    found = [standing_of(row, objective, by_number, noise) for _, row in near.iterrows()]
+    found.sort(key=lambda s: (s.need_bytes or 0, s.record.rank, s.record.number))
+    return tuple(found) if len(found) > 1 else ()
 
 
 def _take(
-    rows: pd.DataFrame, asked: _Question, min_seeds: int, *, within: float, tolerance: float
+    candidates: pd.DataFrame, asked: _Question, *, within: float, tolerance: float
 ) -> pd.Series[Any] | None:
     """The configuration to take, or None where none finished within the budget."""
-    candidates = rows[(rows["num_seeds"] >= min_seeds) & fits(rows, asked.budget)]
     if candidates.empty:
         return None
     return choose(
@@ -343,3 +345,8 @@ def _baseline(environment: Mapping[str, Any], objective: str) -> float | None:
     metrics = baseline.get("metrics")
     value = baseline.get(objective, metrics.get(objective) if isinstance(metrics, dict) else None)
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def _ended(environment: Mapping[str, Any]) -> str | None:
+    text = environment.get("ended")
+    return text.strip() or None if isinstance(text, str) else None

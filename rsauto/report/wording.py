@@ -10,15 +10,16 @@ from rsauto.report.table import is_refit
 from rsauto.units import (
     bytes_text,
     difference_text,
+    mean_text,
     method_text,
     objective_text,
     percent_text,
     rate_text,
-    value_text,
 )
 
 if TYPE_CHECKING:
-    from rsauto.report.verdict import Gain, Standing, TooLarge, Verdict
+    from rsauto.report.standing import Gain, Standing
+    from rsauto.report.verdict import TooLarge, Verdict
 
 
 def sentences(verdict: Verdict) -> tuple[str, ...]:
@@ -28,7 +29,9 @@ def sentences(verdict: Verdict) -> tuple[str, ...]:
         return (_nothing_to_take(verdict), *_too_large(verdict))
     return (
         _take(verdict, recommended, verdict.standings["best"]),
+        *_ties(verdict),
         _gain(verdict, recommended),
+        *_noise(verdict),
         *_room(recommended.record),
         *_too_large(verdict),
     )
@@ -72,7 +75,7 @@ def _room(record: TrialRecord) -> tuple[str, ...]:
 
 def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
     name = objective_text(verdict.objective)
-    value = f"its {name} {value_text(chosen.objective)}{_seeds(chosen.num_seeds)}"
+    value = f"its {name} {_mean(chosen)}{_seeds(chosen.num_seeds)}"
     tuned = verdict.standings.get("default_tuned")
     is_default = tuned is not None and tuned.record.number == chosen.record.number
     start = f"Take {'the tuned default, ' if is_default else ''}{settings_text(chosen.record)}: "
@@ -86,7 +89,7 @@ def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
         rival = settings_text(best.record)
     return (
         f"{start}{value} {_closeness(verdict, chosen, best)} the best "
-        f"({rival}, {value_text(best.objective)}){_needs(chosen, best)}."
+        f"({rival}, {_mean(best)}){_needs(chosen, None if verdict.ties else best)}."
     )
 
 
@@ -96,6 +99,69 @@ def _closeness(verdict: Verdict, chosen: Standing, best: Standing) -> str:
     if distance <= verdict.within * abs(best.objective) * (1 + 1e-9):
         return f"is within {percent_text(verdict.within)} of"
     return "cannot be told apart, over the seeds, from"
+
+
+def _mean(standing: Standing) -> str:
+    return mean_text(standing.objective, standing.half_width)
+
+
+def _ties(verdict: Verdict) -> tuple[str, ...]:
+    """Which ranks the noise leaves equal, and what the cheapest of them saves."""
+    if not verdict.ties:
+        return ()
+    kinds = {(s.record.method, is_refit(s.record)) for s in verdict.ties}
+    names = list(dict.fromkeys(_tie_name(s, is_only=len(kinds) == 1) for s in verdict.ties))
+    cheap, dear = verdict.ties[0], verdict.ties[-1]
+    if len(names) == 1:
+        return (f"{len(verdict.ties)} settings of {names[0]} cannot be told apart at this noise.",)
+    half_width = verdict.tie_half_width
+    if len(verdict.ties) == 2:
+        difference = difference_text(abs(cheap.objective - dear.objective), half_width)
+        start = f"{_joined(names)} cannot be told apart at this noise: they differ by {difference}"
+    else:
+        start = (
+            f"Of {_joined(names)} none can be told apart from the best at this noise, "
+            f"± {half_width:.2g} on each difference"
+        )
+    return (f"{start[0].upper()}{start[1:]}{_saving(cheap, dear, names)}.",)
+
+
+def _tie_name(standing: Standing, *, is_only: bool) -> str:
+    record = standing.record
+    rank = f"rank {record.rank}"
+    return rank if is_only else f"{method_text(record.method, is_refit=is_refit(record))} {rank}"
+
+
+def _saving(cheap: Standing, dear: Standing, names: Sequence[str]) -> str:
+    if cheap.need_bytes is None or dear.need_bytes is None or cheap.need_bytes == dear.need_bytes:
+        return ""
+    saved = f"; {names[0]} needs {bytes_text(dear.need_bytes - cheap.need_bytes)} less"
+    return saved if len(names) == 2 else f"{saved} than {names[-1]}"
+
+
+def _noise(verdict: Verdict) -> tuple[str, ...]:
+    """What the verdict rests on where the configurations it compares ran once."""
+    if verdict.noise is None:
+        return (
+            "No configuration ran on several seeds, so nothing is known about the noise: "
+            "which rank is best may be luck.",
+        )
+    if verdict.candidate_seeds > 1:
+        return ()
+    return (
+        "The ranks ran on one seed each, so which is best may be luck; two runs of what was "
+        f"repeated differ by up to {verdict.noise.half_width(1, 1):.2g} (95 %).",
+    )
+
+
+def noise_remark(verdict: Verdict) -> str:
+    """How far apart two single runs, as tables and figures show them, must be to differ."""
+    if verdict.noise is None:
+        return "Nothing is known about the noise: no configuration ran on several seeds."
+    return (
+        f"Two single runs less than {verdict.noise.half_width(1, 1):.2g} apart (95 %) cannot be "
+        "told apart."
+    )
 
 
 def _needs(chosen: Standing, best: Standing | None = None) -> str:
@@ -129,10 +195,10 @@ def _gain(verdict: Verdict, chosen: Standing) -> str:
         )
     if gain.difference < 0:
         worse = f"It is worse than {rival} by {amount}{_fresh(gain)}"
-        return f"{worse}{_saves(chosen, tuned)}.{_caution(gain)}"
+        return f"{worse}{_saves(chosen, tuned)}."
     if gain.difference == 0:
-        return f"It is as good as {rival}{_saves(chosen, tuned)}.{_caution(gain)}"
-    return f"It beats {rival} by {amount}{_fresh(gain)}.{_caution(gain)}"
+        return f"It is as good as {rival}{_saves(chosen, tuned)}."
+    return f"It beats {rival} by {amount}{_fresh(gain)}."
 
 
 def _fresh(gain: Gain) -> str:
@@ -147,7 +213,7 @@ def _default_text(tuned: Standing) -> str:
     name = "the default as it is" if record.role == "default" else "the tuned default"
     return (
         f"{name} ({method_text(record.method)}, rank {record.rank}, "
-        f"learning rate {rate_text(record.learning_rate)}; {value_text(tuned.objective)})"
+        f"learning rate {rate_text(record.learning_rate)}; {_mean(tuned)})"
     )
 
 
@@ -161,12 +227,6 @@ def _saves(chosen: Standing, other: Standing) -> str:
         return ""
     saved = other.need_bytes - chosen.need_bytes
     return f" and needs {bytes_text(saved)} less" if saved > 0 else ""
-
-
-def _caution(gain: Gain) -> str:
-    if gain.half_width is not None:
-        return ""
-    return " No configuration ran on several seeds, so part of this may be luck."
 
 
 def _nothing_to_take(verdict: Verdict) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from rsauto.choices import RateRange
-from rsauto.rate_law import RateLaw, RatePoint, fit_trials, vertex
+from rsauto.rate_law import RateLaw, fit_trials, vertex, whole_search_trials
 from rsauto.records import Method, TrialRecord, TrialSpec
 from rsauto.search.band import Band
 from rsauto.search.history import Begun, History, Settled
@@ -183,16 +183,7 @@ def _band(
 
 def fitted(method: Method, settled: Settled) -> RateLaw | None:
     """The exponent of a method's law from its whole trials; None where they are too few."""
-    return fit_trials(
-        [
-            RatePoint(record.rank, record.learning_rate, record.eval_loss)
-            for spec, record in settled
-            if spec.role == "search"
-            and spec.method == method
-            and record.outcome == "complete"
-            and record.eval_loss is not None
-        ]
-    )
+    return fit_trials(whole_search_trials((record for _, record in settled), method))
 
 
 def _best(settled: Settled, method: Method, objective: Objective) -> TrialSpec | None:
