@@ -88,7 +88,7 @@ def test_what_the_sampler_chose_is_found_again_in_the_trial() -> None:
 
 def test_a_grid_has_no_point_twice_where_a_setting_is_of_no_account() -> None:
     space = space_of(
-        adalora={"lambda_lr_ratio": [1, 4]}, sampler="grid", learning_rate=[1e-3, 1e-2], alpha=[8]
+        adalora={"lambda_lr_ratio": [1, 4]}, strategy="grid", learning_rate=[1e-3, 1e-2], alpha=[8]
     )
     specs = list(space.grid())
     assert len(specs) == len(set(specs)) == 2 * 2 * (1 + 2)

@@ -1,4 +1,4 @@
-"""The order of a study on synthetic outcomes: defaults, tuned defaults, search, seeds."""
+"""The order of a study on synthetic outcomes: search, defaults, tuned defaults, seeds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rsauto.search.agenda import (
     next_rate,
     num_reserved,
     num_settled,
+    num_tuning,
     opening_trial,
     reference_trial,
     seed_trials,
@@ -95,15 +96,19 @@ def always_complete(spec: TrialSpec, number: int) -> str:
     return "complete"
 
 
-def test_a_study_goes_from_the_default_over_its_tuning_and_the_search_to_seeds(
+def test_a_study_goes_from_the_search_over_the_default_and_its_tuning_to_seeds(
     record_of: Records,
 ) -> None:
-    settled = SyntheticRun(space_of(trials=30), record_of, always_complete).run()
+    space = space_of(trials=30, min_improvement=0)
+    settled = SyntheticRun(space, record_of, always_complete).run()
     roles = [spec.role for spec, _ in settled]
     assert [record.role for _, record in settled] == roles
-    assert roles[0] == "default"
-    assert list(dict.fromkeys(roles)) == ["default", "default_tuned", "search", "seed"]
-    assert roles == sorted(roles, key=["default", "default_tuned", "search", "seed"].index)
+    order = ["search", "default", "default_tuned", "seed"]
+    assert list(dict.fromkeys(roles)) == order
+    # What the defaults did not need is searched with, after them.
+    tuned = max(n for n, role in enumerate(roles) if role == "default_tuned")
+    assert roles[: tuned + 1] == sorted(roles[: tuned + 1], key=order.index)
+    assert roles[tuned + 1 :] == sorted(roles[tuned + 1 :], key=order.index)
     counts = Counter(roles)
     assert counts["default"] == 1
     assert 3 <= counts["default_tuned"] <= MAX_TUNING_TRIALS
@@ -114,15 +119,15 @@ def test_a_study_goes_from_the_default_over_its_tuning_and_the_search_to_seeds(
     assert len({configuration for configuration, _ in seeds}) == MAX_FINALISTS
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_study_ends_with_exactly_the_trials_asked_for(sampler: str, record_of: Records) -> None:
+@pytest.mark.parametrize("strategy", ["random", "tpe", "transfer", "cost"])
+def test_a_study_ends_with_exactly_the_trials_asked_for(strategy: str, record_of: Records) -> None:
     def mixed(spec: TrialSpec, number: int) -> str:
         return ("complete", "pruned", "complete", "failed", "oom", "diverged")[number % 6]
 
-    sizes = range(1, 41) if sampler == "random" else (1, 7, 24, 40)
+    sizes = range(1, 41) if strategy in ("random", "transfer") else (1, 7, 24, 40)
     for trials in sizes:
         for outcome in (always_complete, mixed):
-            space = space_of(trials=trials, sampler=sampler)
+            space = space_of(trials=trials, strategy=strategy, min_improvement=0)
             settled = SyntheticRun(space, record_of, outcome).run()
             assert len(settled) == num_settled(settled) == trials
 
@@ -131,7 +136,7 @@ def test_refusals_by_the_planner_cost_no_trial(record_of: Records) -> None:
     def large_ranks_do_not_fit(spec: TrialSpec, number: int) -> str:
         return "infeasible" if spec.rank > 16 else "complete"
 
-    space = space_of(trials=20, sampler="random")
+    space = space_of(trials=20, strategy="random")
     settled = SyntheticRun(space, record_of, large_ranks_do_not_fit).run()
     assert num_settled(settled) == 20 < len(settled)
 
@@ -141,14 +146,16 @@ def test_a_default_that_does_not_fit_is_told_once_and_not_for_ever(record_of: Re
         return "infeasible" if spec.rank == 8 else "complete"
 
     settled = SyntheticRun(
-        space_of(trials=24, rank=[2, 4]), record_of, rank_8_does_not_fit
+        space_of(trials=24, rank=[2, 4], min_improvement=0), record_of, rank_8_does_not_fit
     ).run()  # fmt: skip
     assert num_settled(settled) == 24
     assert sum(spec.role == "default" for spec, _ in settled) == 1
 
 
 def test_a_finite_space_ends_with_its_last_point_and_its_seeds(record_of: Records) -> None:
-    space = space_of(trials=90, rank=[4, 8], alpha=[16], learning_rate=[1e-3, 3e-3])
+    space = space_of(
+        trials=90, rank=[4, 8], alpha=[16], learning_rate=[1e-3, 3e-3], min_improvement=0
+    )
     settled = SyntheticRun(space, record_of, always_complete).run()
     roles = Counter(spec.role for spec, _ in settled)
     assert roles["search"] == 4
@@ -157,9 +164,9 @@ def test_a_finite_space_ends_with_its_last_point_and_its_seeds(record_of: Record
 
 
 def test_a_resumed_study_goes_on_where_it_was(record_of: Records) -> None:
-    whole = SyntheticRun(space_of(trials=26, sampler="random"), record_of, always_complete)
+    whole = SyntheticRun(space_of(trials=26, strategy="random"), record_of, always_complete)
     expected = [spec for spec, _ in whole.run()]
-    stopped = SyntheticRun(space_of(trials=26, sampler="random"), record_of, always_complete)
+    stopped = SyntheticRun(space_of(trials=26, strategy="random"), record_of, always_complete)
     stopped.outcome = stop_at(13)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
@@ -287,11 +294,14 @@ def test_as_many_trials_are_kept_back_as_the_seeds_will_need(record_of: Records)
         space = space_of(trials=trials, seeds=seeds)
         settled = settled_with(space, record_of, (64, 1.0, "complete"), (4, 1.1, "complete"))
         missing = seed_trials(space, settled, loss_of, within=0.01)
-        assert len(missing) == num_reserved(space.config)
+        defaults = 1 + num_tuning(space.config.search)
+        assert defaults + len(missing) == num_reserved(space.config)
 
 
 def test_the_search_opens_with_every_rank_once_in_the_middle(record_of: Records) -> None:
-    space = space_of(trials=40, rank={"low": 2, "high": 32}, alpha={"low": 8, "high": 32})
+    space = space_of(
+        trials=40, strategy="tpe", rank={"low": 2, "high": 32}, alpha={"low": 8, "high": 32}
+    )
     settled = settled_with(space, record_of)
     opened = []
     while (spec := opening_trial(space, settled)) is not None:
@@ -304,8 +314,12 @@ def test_the_search_opens_with_every_rank_once_in_the_middle(record_of: Records)
         assert spec.learning_rate == pytest.approx(space.centre("rslora", spec.rank), rel=1e-3)
 
 
-def test_a_short_or_a_random_study_has_no_opening(record_of: Records) -> None:
-    for search in ({"trials": 10}, {"trials": 40, "sampler": "random"}):
+def test_a_short_or_a_random_study_has_no_opening_and_transfer_one_of_its_own(record_of: Records) -> None:
+    for search in (
+        {"trials": 10, "strategy": "tpe"},
+        {"trials": 40, "strategy": "random"},
+        {"trials": 40, "strategy": "transfer"},
+    ):
         space = space_of(**search)
         assert opening_trial(space, settled_with(space, record_of)) is None
 

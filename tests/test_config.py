@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rsauto.choices import parse_bytes
+from rsauto.choices import PowerRange, RateRange, parse_bytes
 from rsauto.config import (
     DataConfig,
     ModelConfig,
     PackingSettings,
-    PowerRange,
-    RateRange,
     SearchConfig,
     StudyConfig,
     TrainingConfig,
@@ -95,7 +93,7 @@ def test_any_number_of_bytes_is_kept(num_bytes: int) -> None:
         ("search", {"learning_rate": {"low": 0, "high": 1}}, "must be greater than 0 (got 0)"),
         ("search", {"learning_rate": float("inf")}, "must be a finite number"),
         ("search", {"learning_rate": float("nan")}, "must be a finite number"),
-        ("search", {"sampler": "grid"}, "sampler grid needs learning_rate as a list"),
+        ("search", {"strategy": "grid"}, "strategy grid needs learning_rate as a list"),
         ("search", {"rank": [4, 8, 4]}, "rank lists a value twice"),
         ("search", {"learning_rate": [1e-4, 1e-4]}, "learning_rate lists a value twice"),
         ("search", {"method": ["lora", "lora"]}, "method lists a value twice"),
@@ -243,7 +241,7 @@ def test_a_continued_study_may_change_its_size_ranks_and_limits(changed: StudyCo
     ("changed", "expected"),
     [
         (study(alpha=[16]), ["search.alpha: was {'low': 8, 'high': 64}, is [16]"]),
-        (study(sampler="random"), ["search.sampler: was 'tpe', is 'random'"]),
+        (study(strategy="random"), ["search.strategy: was 'transfer', is 'random'"]),
         (study(objective="exact_match"), ["search.objective: was 'eval_loss'"]),
         (
             study(learning_rate={"low": 1e-5, "high": 1e-3}),
@@ -270,10 +268,10 @@ def test_anything_else_that_changed_is_named_with_both_values(
 
 def test_several_changes_are_all_named() -> None:
     other = StudyConfig(
-        training=TrainingConfig(steps=50), search=SearchConfig(sampler="random", trials=2)
+        training=TrainingConfig(steps=50), search=SearchConfig(strategy="random", trials=2)
     )
     assert [line.partition(":")[0] for line in differences(StudyConfig(), other)] == [
-        "search.sampler",
+        "search.strategy",
         "training.steps",
     ]
 

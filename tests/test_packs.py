@@ -36,7 +36,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = study_values(
         tmp_path_factory.mktemp("study"),
         trials=17,
-        sampler="grid",
+        strategy="grid",
         pruner="none",
         rank=[2, 4, 64],
         alpha=[8],

@@ -63,9 +63,9 @@ def carry_on(
     return attempts
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_same_past_gives_the_same_proposal(sampler: str, record_of: Records) -> None:
-    config, space = study(sampler=sampler, **RANGES)
+@pytest.mark.parametrize("strategy", ["tpe", "random"])
+def test_the_same_past_gives_the_same_proposal(strategy: str, record_of: Records) -> None:
+    config, space = study(strategy=strategy, **RANGES)
     attempts = carry_on(config, space, record_of, bowl, 14)
     for known in (0, 5, 14):
         first, again = (propose(space, attempts[:known], config) for _ in range(2))
@@ -86,12 +86,12 @@ def test_another_seed_asks_for_other_trials(record_of: Records) -> None:
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("strategy", ["tpe", "random", "grid"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_finite_space_is_tried_to_its_last_point_and_no_point_twice(
-    sampler: str, seed: int, record_of: Records
+    strategy: str, seed: int, record_of: Records
 ) -> None:
-    config, space = study(seed=seed, sampler=sampler, **LISTS)
+    config, space = study(seed=seed, strategy=strategy, **LISTS)
     attempts = carry_on(config, space, record_of, bowl, 99)
     assert len(attempts) == len({a.spec.configuration() for a in attempts}) == 3 * 2 * 4
     assert propose(space, attempts, config) is None
@@ -104,7 +104,7 @@ def test_one_point_is_proposed_once(record_of: Records) -> None:
 
 
 def test_a_trial_that_is_running_elsewhere_is_not_proposed(record_of: Records) -> None:
-    config, space = study(sampler="random", **LISTS)
+    config, space = study(strategy="random", **LISTS)
     first = propose(space, [], config)
     assert first is not None
     running = [Attempt(first, None, None)]
@@ -127,12 +127,12 @@ def test_another_seed_of_a_configuration_counts_as_the_same_point(record_of: Rec
 def test_tpe_learns_where_a_bowl_is_deep(record_of: Records) -> None:
     best: dict[str, list[float]] = {"tpe": [], "random": []}
     late: dict[str, list[float]] = {"tpe": [], "random": []}
-    for sampler in best:
+    for strategy in best:
         for seed in range(4):
-            config, space = study(seed=seed, sampler=sampler, **RANGES)
+            config, space = study(seed=seed, strategy=strategy, **RANGES)
             values = [a.value for a in carry_on(config, space, record_of, bowl, 30)]
-            best[sampler].append(min(v for v in values if v is not None))
-            late[sampler] += [v for v in values[15:] if v is not None]
+            best[strategy].append(min(v for v in values if v is not None))
+            late[strategy] += [v for v in values[15:] if v is not None]
     mean = {name: sum(values) / len(values) for name, values in late.items()}
     assert mean["tpe"] < 0.6 * mean["random"], mean
     assert sum(best["tpe"]) < sum(best["random"]), best
@@ -144,7 +144,7 @@ def test_maximised_metrics_are_learnt_the_right_way_round(record_of: Records) ->
         config, space = study(seed=seed, objective="exact_match", **RANGES)
         attempts = carry_on(config, space, record_of, lambda spec: -bowl(spec), 24)
         values += [a.value for a in attempts[12:] if a.value is not None]
-    config, space = study(sampler="random", **RANGES)
+    config, space = study(strategy="random", **RANGES)
     chance = [-bowl(a.spec) for a in carry_on(config, space, record_of, bowl, 24)]
     assert sum(values) / len(values) > 0.6 * sum(chance) / len(chance)
 
@@ -189,7 +189,7 @@ def test_trials_that_do_not_fit_shift_proposals_away(outcome: str, record_of: Re
 
 
 def test_failed_trials_teach_nothing_but_are_not_repeated(record_of: Records) -> None:
-    config, space = study(sampler="grid", **LISTS)
+    config, space = study(strategy="grid", **LISTS)
     first = propose(space, [], config)
     assert first is not None
     failed = Attempt(first, record_of(first, 0, None, "failed"), None)

@@ -197,7 +197,7 @@ def test_the_default_is_what_peft_and_the_trainer_do_by_default() -> None:
 
 def test_the_grid_is_every_combination_once_with_low_ranks_first() -> None:
     space = space_of(
-        sampler="grid",
+        strategy="grid",
         method=["rslora", "lora"],
         rank=[100, 4],
         alpha=[7, 16],
@@ -219,7 +219,7 @@ def test_the_grid_is_every_combination_once_with_low_ranks_first() -> None:
 
 
 def test_a_range_of_ranks_is_a_grid_of_its_powers() -> None:
-    space = space_of((2, 4, 8), sampler="grid", learning_rate=[1e-4], alpha=8)
+    space = space_of((2, 4, 8), strategy="grid", learning_rate=[1e-4], alpha=8)
     assert [spec.rank for spec in space.grid()] == [2, 4, 8]
 
 

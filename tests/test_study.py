@@ -307,12 +307,12 @@ def test_a_study_whose_every_trial_fails_says_so(
 
 def test_grid_and_random_and_halving_run(tmp_path: Path) -> None:
     grid = study_values(
-        tmp_path, sampler="grid", rank=[2, 4], alpha=[8], learning_rate=[1e-3, 1e-2], trials=40
+        tmp_path, strategy="grid", rank=[2, 4], alpha=[8], learning_rate=[1e-3, 1e-2], trials=40
     )
     study = rsauto.run_study(grid, out=tmp_path / "grid")
     searched = study.trials[study.trials["role"] == "search"]
     assert len(searched) == 4, "a grid is exhausted, not repeated"
-    halving = study_values(tmp_path, sampler="random", pruner="halving", trials=20, rank=[4])
+    halving = study_values(tmp_path, strategy="random", pruner="halving", trials=20, rank=[4])
     study = rsauto.run_study(halving, out=tmp_path / "halving")
     assert "pruned" in set(study.trials["outcome"])
 

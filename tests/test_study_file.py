@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rsauto import study_file
-from rsauto.config import PowerRange, RateRange, StudyConfig
+from rsauto.choices import PowerRange, RateRange
+from rsauto.config import StudyConfig
 from rsauto.errors import InputError
 from rsauto.study_file import dump, load, validate
 
@@ -261,7 +262,7 @@ def test_an_unknown_or_faulty_preset_is_named(tmp_path: Path) -> None:
         "memory_budget: 24GiB\npack_memory_budget: auto\npacking: {mode: off, trials: 4}",
         "model: {target_modules: [q_proj, v_proj]}\ndata: {prompt: 'Q: {q}\\n', completion: '{a}'}",
         "training: {epochs: 1.5, micro_batch_size: 4, max_grad_norm: null}",
-        "search: {rank: [4, 2048], alpha: 8, learning_rate: [1e-5, 3.3e-4], sampler: grid,"
+        "search: {rank: [4, 2048], alpha: 8, learning_rate: [1e-5, 3.3e-4], strategy: grid,"
         " target_modules: [attention, [q_proj], all-linear], direction: maximize}",
     ],
 )

@@ -225,6 +225,7 @@ class PackRun:
             elif self._stops_at_rung(member):
                 self._pack.hold(member)
                 self._at_rung.append(running)
+                self._is_full = False  # who found no room beside it may find some now
 
     def _end(self, running: _Running, outcome: Outcome, error: str | None = None) -> Events:
         trial = running.entrant.trial
