@@ -110,6 +110,7 @@ class StudyRun:
         self.crew = crew
         self.begin = begin
         self.environment = folder.read_environment()
+        self.environment.pop("ended", None)  # of an earlier run
         # Nobody else can be at a journal that nobody else has open.
         self.users = JournalUsers(folder.journal_file) if storage is None else None
         is_alone = self.users is not None and self.users.join()
@@ -162,6 +163,8 @@ class StudyRun:
         self.ledger.set_attribute("ended", reason)
         yield from work.until_others_end()
         self.crew.stop()
+        self.environment["ended"] = reason
+        self.folder.write_environment(self.environment)
         yield Stage("writing the report")
         publish(
             self.folder,
