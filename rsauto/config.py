@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rsauto.choices import Part, Rates, as_tuple
 from rsauto.records import ADALORA_METHODS
-from rsauto.search_settings import MINIMISED as MINIMISED
-from rsauto.search_settings import SearchConfig as SearchConfig
+from rsauto.strategies import MINIMISED as MINIMISED
+from rsauto.strategies import SearchConfig as SearchConfig
 from rsauto.units import bytes_text
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]

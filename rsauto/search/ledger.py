@@ -18,11 +18,11 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from rsauto.config import SearchConfig, StudyConfig
+from rsauto.config import StudyConfig
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search.attempts import Attempt, Attempts
 from rsauto.search.history import History
@@ -56,21 +56,18 @@ class Ledger:
             study_name=config.name,
             storage=storage,
             direction="minimize" if config.search.minimize else "maximize",
-            # The driver proposes every trial itself (sampler.py); this one is never asked.
+            # Proposals and pruning are rsauto's own (see proposals, pruning); these are never asked.
             sampler=optuna.samplers.RandomSampler(seed=0),
-            pruner=build_pruner(config.search),
+            pruner=NopPruner(),
             load_if_exists=True,
         )
         return cls(study)
 
     @classmethod
     def join(cls, storage: BaseStorage, name: str) -> Ledger:
-        """A study that is there. Its pruner is that of its stored settings."""
+        """A study that is there."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = patiently(lambda: optuna.load_study(study_name=name, storage=storage))
-        stored = study.user_attrs.get("config")
-        if stored is not None:
-            study.pruner = build_pruner(StudyConfig.model_validate(stored).search)
         return cls(study)
 
     def close(self) -> None:
@@ -337,12 +334,3 @@ class Ledger:
         if self._last_read.is_doubled(added.number):
             with suppress(UpdateFinishedTrialError):
                 self._storage.set_trial_state_values(added.trial_id, TrialState.FAIL)
-
-
-def build_pruner(search: SearchConfig) -> BasePruner:
-    """Median of the other trials at the same step, or asynchronous successive halving."""
-    if search.pruner == "median":
-        return MedianPruner(n_startup_trials=5, n_warmup_steps=1)
-    if search.pruner == "halving":
-        return SuccessiveHalvingPruner(reduction_factor=3)
-    return NopPruner()

@@ -10,7 +10,7 @@ from rsauto.search.history import Known
 from rsauto.search.objective import Objective
 from rsauto.search.space import Space
 from rsauto.search.surface import candidates, cost_of_ranks
-from rsauto.search_settings import SHORT_SEARCHES
+from rsauto.strategies import SHORT_SEARCHES
 
 MOST_TRIALS = 100
 """Of which anything is learnt, the best ones."""

@@ -137,7 +137,7 @@ class PackRun:
 
     def _stops_at_rung(self, member: Member) -> bool:
         """Whether a trial has come to a rung of its cohort."""
-        halves = self.books.setup.config.search.pruner == "halving"
+        halves = self.books.setup.config.search.chosen_pruner == "halving"
         return halves and member.spec.cohort is not None and member.steps_done in rungs(member.spec)
 
     def _pass_rungs(self) -> Events:

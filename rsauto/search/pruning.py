@@ -81,7 +81,7 @@ def gives_up(
 
     Decided from ``known`` alone, so that it does not matter who else runs.
     """
-    pruner = config.search.pruner
+    pruner = config.search.chosen_pruner
     if pruner == "none" or not _may_end(spec, curve[-1].step, known):
         return False
     mates = comparable(spec, known)

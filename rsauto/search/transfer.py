@@ -203,7 +203,8 @@ def _open_ranks(space: Space, method: Method, settled: Settled, num_searched: in
     As many as there are trials for; where they are fewer, ranks are left out evenly.
     """
     length = len(ladder(space, method, num_searched))
-    most = max(1, num_searched // len(space.config.search.method) - length)
+    outer = 2 if length else 0  # the summit's rates beside the middle one
+    most = max(1, num_searched // len(space.config.search.method) - length - outer)
     cohort = _ladder_of(space, method)
     done = {spec.rank for spec, r in settled if spec.cohort == cohort and r.outcome == "complete"}
     return _thinned([rank for rank in reversed(space.ranks) if rank not in done], most)

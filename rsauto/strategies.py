@@ -39,10 +39,11 @@ class SearchConfig(Part):
     scaling rule, and searched in a narrow band around it; tpe, gp, random: Optuna's samplers over
     the whole space; grid: every point, low ranks first; cost: the point with the most expected
     improvement for its time."""
-    pruner: Literal["halving", "median", "none"] = "halving"
-    """halving: trials that began together are compared at one eighth, a quarter and a half of their
+    pruner: Literal["halving", "median", "none"] | None = None
+    """halving: trials that began together are compared at an eighth, a quarter and a half of their
     steps (or the evaluations nearest to them), and half of them go on each time; median: a trial
-    worse than the median of the others is given up."""
+    worse than the median of the others is given up; null: halving, but none for grid, which is for
+    its coverage."""
     method: Annotated[tuple[Method, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         "rslora",
     )
@@ -85,6 +86,11 @@ class SearchConfig(Part):
             if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"{name} lists a value twice")
         return self
+
+    @property
+    def chosen_pruner(self) -> Literal["halving", "median", "none"]:
+        """The pruner that was asked for, or the strategy's own."""
+        return self.pruner or ("none" if self.strategy == "grid" else "halving")
 
     @property
     def ranks(self) -> tuple[int, ...]:
