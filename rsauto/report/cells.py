@@ -92,7 +92,7 @@ def marks_text(marks: str | None, is_tied: bool | None) -> str:
     """What the verdict says of a rank, and whether the noise leaves it as good as the best."""
     named = (marks or "").split(", ") if marks else []
     if is_tied and "best" not in named:
-        named.append("not told apart from the best")
+        named.append("tied with best")
     return ", ".join(named)
 
 
