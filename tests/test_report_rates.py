@@ -55,7 +55,8 @@ def test_trials_that_follow_the_prior_agree() -> None:
     assert found.law.exponent == pytest.approx(-0.25) and found.law.num_trials == 15
     assert found.sentence == (
         f"Learning rate moves with rank as r^-0.25 (95 % {found.law.low:.2f} to "
-        f"{found.law.high:.2f}, 15 trials); the prior for rsLoRA under AdamW is r^-0.25: they agree."
+        f"{found.law.high:.2f}, 15 trials); the prior for rsLoRA under AdamW is r^-0.25: "
+        "they agree."
     )
 
 

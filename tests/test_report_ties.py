@@ -74,7 +74,7 @@ def test_the_mean_is_told_with_its_interval() -> None:
     assert (
         "its eval loss 1.000 ± 0.032 (mean of 3 seeds) is the best mean found" in verdict.sentence
     )
-    assert tiles(verdict)[1] == ("eval loss", "1.000", "mean of 3 seeds, ± 0.032 (95 %)")
+    assert tiles(verdict)[1] == ("eval loss", "1.000 ± 0.032", "mean of 3 seeds, ± 95 %")
     assert verdict.ties == () and "told apart" not in verdict.sentence
 
 
