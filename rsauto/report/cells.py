@@ -92,7 +92,7 @@ def marks_text(marks: str | None, is_tied: bool | None) -> str:
     """What the verdict says of a rank, and whether the noise leaves it as good as the best."""
     named = (marks or "").split(", ") if marks else []
     if is_tied and "best" not in named:
-        named.append("not told apart from the best")
+        named.append("tied with best")
     return ", ".join(named)
 
 
@@ -154,12 +154,12 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
         found.append(("rank to take", str(record.rank), ", ".join(settings)))
         seeds = f"mean of {chosen.num_seeds} seeds" if chosen.num_seeds > 1 else "one seed"
         if chosen.half_width is not None:
-            seeds += f", ± {chosen.half_width:.2g} (95 %)"
+            seeds += ", ± 95 %"
         elif verdict.noise is None:
             seeds += ", noise not known"
         if verdict.baseline is not None:
             seeds += f"; base model {value_text(verdict.baseline)}"
-        found.append((name, value_text(chosen.objective), seeds))
+        found.append((name, mean_text(chosen.objective, chosen.half_width), seeds))
         budget = verdict.memory_budget_bytes
         limit = f"of {bytes_text(budget)}" if budget is not None else "no budget set"
         if chosen.need_bytes not in (None, chosen.record.measured_peak_bytes):

@@ -32,8 +32,8 @@ def rates_panel(records: Sequence[TrialRecord]) -> Panel | None:
         key="rate_law",
         title="Best learning rate against rank",
         caption="Search trials at full length; the large ones have the lowest eval loss of their "
-        "rank. Dashed is the prior law, solid the law fitted to the trials with the 95 % interval "
-        "of the best rate at each rank. " + " ".join(f.sentence for f in findings),
+        "rank. Dashed is the prior law through their middle, solid the law fitted to the trials "
+        "with the 95 % interval of the best rate at each rank.",
         x_label="rank",
         y_label="learning rate",
         layers=tuple(layers),

@@ -58,9 +58,7 @@ class RateFinding:
             count = len(self.trials)
             trials = f"{count} search trial{'' if count == 1 else 's'} at full length"
             verb = "is" if count == 1 else "are"
-            return (
-                f"The {prior}; {trials} {verb} too few to tell how learning rate moves with rank."
-            )
+            return f"The {prior}; {trials} {verb} too few to tell whether the rate moves so."
         ends = {
             "agree": "they agree",
             "contradict": "they contradict each other",
