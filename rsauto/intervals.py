@@ -14,10 +14,12 @@ _Z_975 = 1.959964
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
-    """0.975 quantile of Student's t; beyond the table z + (z^3 + z) / (4 nu), the first term of
-    Abramowitz and Stegun 26.7.5, which is right to three decimals there."""
+    """0.975 quantile of Student's t; beyond the table z + (z^3 + z) / (4 nu) +
+    (5 z^5 + 16 z^3 + 3 z) / (96 nu^2), the first terms of Abramowitz and Stegun 26.7.5, which are
+    right to three decimals there."""
     if degrees_of_freedom < 1:
         raise ValueError(f"degrees_of_freedom must be at least 1, got {degrees_of_freedom}")
     if degrees_of_freedom <= len(_T_975):
         return _T_975[degrees_of_freedom - 1]
-    return _Z_975 + (_Z_975**3 + _Z_975) / (4 * degrees_of_freedom)
+    z, nu = _Z_975, degrees_of_freedom
+    return z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
