@@ -31,7 +31,7 @@ PATTERN = {"q_proj": 5, "k_proj": 0, "v_proj": 3}
 
 
 def space_of(steps: int = 50, adalora: dict[str, Any] | None = None, **search: Any) -> Space:
-    search = {"method": ["rslora", "rsadalora"], "rank": [4, 16], **search}
+    search = {"strategy": "tpe", "method": ["rslora", "rsadalora"], "rank": [4, 16], **search}
     config: StudyConfig = validate(
         {"training": {"steps": steps, "num_evals": 1}, "search": search, "adalora": adalora or {}}
     )
@@ -226,8 +226,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps, so the pattern is fixed after the fifth."""
     folder = tmp_path_factory.mktemp("adalora")
     values = study_values(
-        folder, method=["rslora", "rsadalora"], rank=[2, 4], trials=14, seeds=2, pruner="none"
-    )
+        folder, strategy="tpe", method=["rslora", "rsadalora"], rank=[2, 4], trials=14, seeds=2,
+        pruner="none", min_improvement=0,
+    )  # fmt: skip
     values["training"]["steps"] = 12
     values["adalora"] = {"recovery": "none"}
     run_study(values, out=folder / "out")

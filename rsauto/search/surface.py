@@ -153,4 +153,7 @@ def cost_of_ranks(operations: Sequence[tuple[int, float]]) -> tuple[float, float
         return float(flops.mean()), 0.0
     slope = float(np.polyfit(ranks, flops, 1)[0])
     slope = slope if math.isfinite(slope) and slope > 0 else 0.0
-    return float(flops.mean() - slope * ranks.mean()), slope
+    base = float(flops.mean() - slope * ranks.mean())
+    if base < 0:  # few trials, bent by chance: no rank is free
+        return 0.0, float(flops.mean() / ranks.mean())
+    return base, slope
