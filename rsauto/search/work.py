@@ -108,7 +108,9 @@ class Work:
             begun = self._begin(self._propose)
             if begun is None:
                 if not self._must_wait:
-                    return "every point of the search space has been tried"
+                    yield from self._news()
+                    last = "every point of the search space has been tried"
+                    return self._reason_to_end() or last
                 yield from self._wait()
                 continue
             if packs is not None and self._begins_pack(begun, packs, put_back):
