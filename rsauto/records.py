@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
@@ -128,10 +129,18 @@ class TrialSpec:
 
     def configuration(self) -> tuple[Any, ...]:
         """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
-        ignored = {"seed", "role", "retry_of", "micro_batch_size", "product_order"}
-        return tuple(
-            getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ignored
-        )
+        found: tuple[Any, ...] = _CONFIGURATION(self)
+        return found
+
+
+_CONFIGURATION = attrgetter(
+    *(
+        f.name
+        for f in dataclasses.fields(TrialSpec)
+        if f.name not in {"seed", "role", "retry_of", "micro_batch_size", "product_order"}
+    )
+)
+"""Asked for of every trial whenever one is proposed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

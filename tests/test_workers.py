@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def race(journal: str, results: Any, record_of: Records) -> None:
     ran = []
 
     def propose() -> TrialSpec | None:
-        history = ledger.history()
-        begun = {trial.spec.rank for trial in history.trials}
+        begun = {trial.spec.rank for trial in ledger.history().trials}
+        if len(begun) >= 30:
+            return None
         return next((spec_of(rank) for rank in range(1, 41) if rank not in begun), None)
 
     while (begun := ledger.begin(propose, limit=30)) is not None:
@@ -148,7 +150,7 @@ def test_processes_that_race_run_every_point_once_and_stop_in_time(
     ran = [results.get(timeout=120) for _ in racers]
     for racer in racers:
         racer.join()
-    assert sorted(sum(ran, [])) == list(range(1, 31))
+    assert sorted(chain.from_iterable(ran)) == list(range(1, 31))
     ledger = journal_ledger(tmp_path)
     assert len(ledger.records()) == 30
     withdrawn = [t for t in ledger.study.trials if t.user_attrs.get("withdrawn")]

@@ -38,13 +38,13 @@ def url() -> Iterator[str]:
         yield found
 
 
-def command_line(*arguments: str | Path) -> subprocess.Popen[str]:
+def command_line(*arguments: str | Path, step_seconds: float = 0.1) -> subprocess.Popen[str]:
     """The command line, its trials stretched so that it can be hit in the middle of one."""
     code = (
         "import time, rsauto.training.loop as loop\n"
         "real = loop.accumulate_gradients\n"
         "def slow(*a):\n"
-        "    time.sleep(0.1)\n"
+        f"    time.sleep({step_seconds})\n"
         "    return real(*a)\n"
         "loop.accumulate_gradients = slow\n"
         "from rsauto.cli import app\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -153,7 +154,7 @@ class Ledger:
 
         None when there is nothing to run again and ``propose`` has nothing more. A new one that
         another process begins at the same moment, or that would be more than ``limit``, is given
-        up, and ``propose`` asked again.
+        up, and ``propose`` asked again; it has nothing more once it sees ``limit`` trials begun.
         """
         back_off = MOST_BACK_OFF_SECONDS / 16
         while True:
@@ -211,9 +212,8 @@ class Ledger:
 
     def _begin_again(self, limit: int | None) -> tuple[optuna.Trial, TrialSpec] | None:
         """The next trial that waits to be run again, None where there is none."""
-        ask = partial(self.study.ask, fixed_distributions=dict(STORED_DISTRIBUTIONS))
         while self._trials(TrialState.WAITING):
-            trial = patiently(ask)
+            trial = patiently(self._ask)
             if "spec" not in trial.user_attrs:
                 # Another process has taken it meanwhile, and Optuna has made an empty one.
                 self._fail(trial.number)
@@ -225,6 +225,11 @@ class Ledger:
                 self._pulse.add(trial._trial_id)
                 return trial, TrialSpec.from_json(trial.user_attrs["spec"])
         return None
+
+    def _ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():  # of heartbeats without `Study.optimize`: see `Pulse`
+            warnings.simplefilter("ignore", UserWarning)
+            return self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
 
     def _withdraw(self, number: int, trial_id: int) -> None:
         """Takes back a trial that was begun too much; it is no part of the study."""
