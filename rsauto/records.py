@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
@@ -132,11 +133,19 @@ class TrialSpec:
 
     def configuration(self) -> tuple[Any, ...]:
         """What makes two trials repetitions of one another: all but seed, role and bookkeeping."""
-        bookkeeping = {"role", "retry_of", "cohort", "cohort_size"}
-        ignored = bookkeeping | {"seed", "micro_batch_size", "product_order"}
-        return tuple(
-            getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ignored
-        )
+        found: tuple[Any, ...] = _CONFIGURATION(self)
+        return found
+
+
+_BOOKKEEPING = {"role", "retry_of", "cohort", "cohort_size"}
+_CONFIGURATION = attrgetter(
+    *(
+        f.name
+        for f in dataclasses.fields(TrialSpec)
+        if f.name not in _BOOKKEEPING | {"seed", "micro_batch_size", "product_order"}
+    )
+)
+"""Asked for of every trial whenever one is proposed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

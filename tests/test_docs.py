@@ -60,7 +60,7 @@ def test_every_path_in_the_tree_exists() -> None:
 def test_every_option_of_the_readme_is_an_option() -> None:
     text = CliRunner().invoke(app, ["study", "--help"], env={"COLUMNS": "200"}).stdout
     named = set(re.findall(r"^\| `(--[a-z-]+)", README, flags=re.MULTILINE))
-    assert len(named) == 8
+    assert len(named) == 10
     assert all(option in text for option in named)
 
 

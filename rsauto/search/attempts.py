@@ -132,11 +132,13 @@ class Attempts:
         """Whether an earlier attempt retries the same one."""
         return number in self._doubled
 
-    def gives_way(self, number: int, limit: int | None) -> bool:
-        """Whether the trial that this attempt is of must not be run.
+    def must_not_run(self, number: int, limit: int | None) -> bool:
+        """Whether an attempt, or the whole trial it is of, has to give way to an earlier one.
 
         ``limit`` is how many trials the study is to have; None is any number.
         """
+        if self.is_doubled(number):
+            return True
         root = self._roots[number]
         first = self._first[root]
         num_before = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -33,6 +34,9 @@ from rsauto.search.storage import patiently
 MEMORY, DIVERGENCE = "memory", "divergence"
 """Names of the constraints; a trial is feasible when every value is at most zero."""
 
+LOST_SECONDS = 5.0
+"""How long a trial may be nobody's, between being given up and put back, before it is lost."""
+
 MOST_BACK_OFF_SECONDS = 0.5
 """Before a proposal that another process was quicker with is followed by the next."""
 
@@ -44,6 +48,7 @@ class Ledger:
         self.study = study
         self._finished: dict[int, Attempt | None] = {}
         self._last_read = Attempts(())
+        self._lost_since: dict[int, float] = {}
         self._storage: BaseStorage = study._storage
         self._watch = Watch(self._storage, study._study_id)
         self._pulse = Pulse(self._storage)
@@ -146,7 +151,7 @@ class Ledger:
 
         None when there is nothing to run again and ``propose`` has nothing more. A new one that
         another process begins at the same moment, or that would be more than ``limit``, is given
-        up, and ``propose`` asked again.
+        up, and ``propose`` asked again; it has nothing more once it sees ``limit`` trials begun.
         """
         back_off = MOST_BACK_OFF_SECONDS / 16
         while True:
@@ -159,9 +164,9 @@ class Ledger:
             if spec is None:
                 return None
             trial, spec = self.begin_new(spec, unseen=len(trials))
-            if not self._last_read.gives_way(trial.number, limit):
+            if not self._last_read.must_not_run(trial.number, limit):
                 return trial, spec
-            self._withdraw(trial)
+            self._withdraw(trial.number, trial._trial_id)
             # Whoever are as quick as each other would otherwise go on proposing the same.
             time.sleep(random.uniform(0, back_off))
             back_off = min(2 * back_off, MOST_BACK_OFF_SECONDS)
@@ -204,30 +209,32 @@ class Ledger:
 
     def _begin_again(self, limit: int | None) -> tuple[optuna.Trial, TrialSpec] | None:
         """The next trial that waits to be run again, None where there is none."""
-        ask = partial(self.study.ask, fixed_distributions=dict(STORED_DISTRIBUTIONS))
         while self._trials(TrialState.WAITING):
-            trial = patiently(ask)
+            trial = patiently(self._ask)
             if "spec" not in trial.user_attrs:
                 # Another process has taken it meanwhile, and Optuna has made an empty one.
                 self._fail(trial.number)
                 continue
             patiently(partial(trial.set_user_attr, "worker", this_worker()))
-            attempts = self.attempts()
-            if attempts.is_doubled(trial.number):
-                self._fail(trial.number)
-            elif attempts.gives_way(trial.number, limit):
-                self._withdraw(trial)
+            if self.attempts().must_not_run(trial.number, limit):
+                self._withdraw(trial.number, trial._trial_id)
             else:
                 self._pulse.add(trial._trial_id)
                 return trial, TrialSpec.from_json(trial.user_attrs["spec"])
         return None
 
-    def _withdraw(self, trial: optuna.Trial) -> None:
+    def _ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():  # of heartbeats without `Study.optimize`: see `Pulse`
+            warnings.simplefilter("ignore", UserWarning)
+            return self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
+
+    def _withdraw(self, number: int, trial_id: int) -> None:
         """Takes back a trial that was begun too much; it is no part of the study."""
+        self._pulse.drop(trial_id)
         with suppress(UpdateFinishedTrialError):
-            patiently(lambda: trial.set_user_attr("withdrawn", True))
-        self._fail(trial.number)
-        self._pulse.drop(trial._trial_id)
+            mark = partial(self._storage.set_trial_user_attr, trial_id, "withdrawn", True)
+            patiently(mark)
+        self._fail(number)
 
     def _fail(self, number: int) -> bool:
         """Ends a running trial without a result; False where another process has ended it."""
@@ -298,29 +305,30 @@ class Ledger:
         """
         running = self._trials(TrialState.RUNNING)
         orphans = running if is_alone else patiently(lambda: self._watch.orphans(running))
-        for orphan in orphans:
-            self._end(orphan, limit)
-        lost = list(self.attempts().lost())
-        for attempt in lost:
-            self._put_back(attempt.number, attempt.begun.spec)
-        return len(lost)
+        ended = [orphan.number for orphan in orphans if self._end(orphan, limit)]
+        now = time.monotonic()
+        num_lost = 0
+        for attempt in self.attempts().lost():
+            # Whoever has just ended one is about to put it back.
+            since = self._lost_since.setdefault(attempt.number, now)
+            if is_alone or attempt.number in ended or now - since > LOST_SECONDS:
+                self._put_back(attempt.number, attempt.begun.spec)
+                num_lost += 1
+        return num_lost
 
-    def _end(self, orphan: FrozenTrial, limit: int | None) -> None:
-        """Takes a trial from its dead process; `recover_orphans` then finds it lost."""
+    def _end(self, orphan: FrozenTrial, limit: int | None) -> bool:
+        """Takes a trial from its dead process; whether it is this process's to put back."""
         attempts = self.attempts()
         if "record" in orphan.user_attrs:
             told = orphan.user_attrs["verdict"]
             state = TrialState[told["state"]]
             with suppress(ValueError, UpdateFinishedTrialError):
                 patiently(lambda: self.study.tell(orphan.number, told["value"], state=state))
-        elif (
-            "spec" in orphan.user_attrs
-            and not attempts.is_doubled(orphan.number)
-            and attempts.gives_way(orphan.number, limit)
-        ):
-            self._withdraw(optuna.Trial(self.study, orphan._trial_id))
-        else:
-            self._fail(orphan.number)
+            return False
+        if "spec" in orphan.user_attrs and attempts.must_not_run(orphan.number, limit):
+            self._withdraw(orphan.number, orphan._trial_id)
+            return False
+        return self._fail(orphan.number)
 
     def _put_back(self, number: int, spec: TrialSpec) -> None:
         spec = replace(spec, retry_of=number)
@@ -333,4 +341,5 @@ class Ledger:
         added = self._add(template)
         if self._last_read.is_doubled(added.number):
             with suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(added.trial_id, "withdrawn", True)
                 self._storage.set_trial_state_values(added.trial_id, TrialState.FAIL)

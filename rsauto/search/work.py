@@ -109,7 +109,8 @@ class Work:
             begun = self._begin(self._propose)
             if begun is None:
                 if not self._must_wait:
-                    return self._why_no_more()
+                    yield from self._news()
+                    return self._reason_to_end() or self._why_no_more()
                 yield from self._wait()
                 continue
             if packs is not None and self._begins_pack(begun, packs, put_back):
