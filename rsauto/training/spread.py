@@ -110,8 +110,8 @@ class Link:
         """Raises ProcessLost, now and at every later message."""
         self.lost = (
             "The processes that train together have lost each other; what another one says may "
-            f"tell why ({_Failure.of(error, 0).words}). Settled trials are safe; the same command "
-            "continues."
+            f"tell why ({_Failure.of(error, 0).words.split('. ')[0]}). Settled trials are safe; the "
+            "same command continues."
         )
         raise ProcessLost(self.lost) from None
 
