@@ -31,7 +31,7 @@ from rsauto.training.spread import Spread, _buckets, join
 SCRIPT = str(Path(__file__).with_name("spread_trials.py"))
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-SECONDS = 200
+SECONDS = 400
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -114,10 +114,11 @@ def test_two_processes_share_a_base(folder: Path, alone: dict[str, Any]) -> None
     found = together(folder, out, (0, 4), FAILS="0", **launch)
     assert_all_same(folder, alone, found, out)
     assert found[FULL]["outcome"] == "OutOfMemory: no room here"
-    # Where weights are most of the peak, it falls by what was predicted or more.
+    # Less than with a whole base, and never more than planned, which counts gathered layers even
+    # where the peak is outside of them.
     deep, whole = found["deep"], alone["deep"]
-    assert deep["peak"] <= deep["predicted"] < 0.8 * whole["predicted"]
-    assert deep["predicted"] - deep["peak"] < 0.3 * deep["peak"]
+    assert deep["peak"] < whole["peak"] <= 1.02 * whole["predicted"]
+    assert deep["peak"] <= deep["predicted"] < whole["predicted"]
 
 
 def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
