@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_study import environment, rows, study_values
+from tiny_study import environment, rows, study_values, write_model
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from rsauto.config import StudyConfig
 from rsauto.errors import RsautoError
@@ -30,12 +31,22 @@ from rsauto.training.loop import Diverged
 from rsauto.training.spread import ALONE, Spread, join
 from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
 
-FULL = "full"
-"""The name of the case in which the last process runs out of memory."""
+FULL, FULL_SEED = "full", 77
+"""The case in which one process runs out of memory; its seed tells that process."""
+
+
+def write_deep_model(folder: Path) -> Path:
+    """Eight layers, whose weights are most of what a checkpointed step needs."""
+    write_model(folder, hidden_size=64)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 8
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).save_pretrained(folder)
+    return folder
 
 
 def configs(folder: Path) -> dict[str, StudyConfig]:
-    """Studies on one model: odd batches of text, and one of classes with a head of its own."""
+    """Studies with odd batches: of classes, with a head of its own; of text; on a deep model."""
     values = study_values(folder)
     values["memory_budget"] = "1GiB"
     values["search"] |= {"rank": [4], "method": ["rslora", "rsadalora"]}
@@ -48,11 +59,11 @@ def configs(folder: Path) -> dict[str, StudyConfig]:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (labelled / f"{split}.jsonl").write_text(text, encoding="utf-8")
     classes = {"name": str(labelled), "label": "label", "max_length": 32}
-    checkpointed = {**values["model"], "gradient_checkpointing": True}
+    deep = {"name": str(write_deep_model(folder / "deep")), "gradient_checkpointing": True}
     return {
-        "text": validate(values),
+        "deep": validate({**values, "model": deep}),
         "classes": validate({**values, "data": classes}),
-        "checkpointed": validate({**values, "model": checkpointed}),
+        "text": validate(values),
     }
 
 
@@ -62,18 +73,19 @@ def cases(name: str, setup: Setup) -> Iterator[tuple[str, TrialSpec]]:
     yield name, plain
     if name != "text":
         return
-    yield "whole", replace(plain, micro_batch_size=3)
-    yield "sgd", replace(plain, micro_batch_size=2, optimizer="sgd", learning_rate=0.3)
     adalora = replace(setup.space.middle(4, "rsadalora"), micro_batch_size=2)
     assert adalora.allocation is not None
     for recovery in ("none", "paper"):
         allocation = replace(adalora.allocation, recovery=recovery, tinit=1, tfinal=1, delta_t=2)
         yield f"adalora {recovery}", replace(adalora, allocation=allocation)
+    yield "sgd", replace(plain, micro_batch_size=3, optimizer="sgd", learning_rate=0.3)
     yield "diverged", replace(plain, optimizer="sgd", learning_rate=1e30, max_grad_norm=None)
     yield "stopped", plain
-    if not setup.spread.shards_base:
-        yield FULL, plain
-    yield "after", plain
+    full = replace(plain, seed=FULL_SEED)
+    after = replace(plain, seed=plain.seed + 1)
+    # Nothing comes after it where the base is sharded.
+    both = [("after", after), (FULL, full)]
+    yield from both if setup.spread.shards_base else reversed(both)
 
 
 def train(bench: Bench, name: str, spec: TrialSpec, out: Path) -> dict[str, Any]:
@@ -112,22 +124,35 @@ def train_all(folder: Path, out: Path, spread: Spread = ALONE) -> dict[str, Any]
         found[f"untouched {name}"] = {"loss": result.eval_loss, "metrics": result.metrics}
         for case, spec in cases(name, setup):
             found[case] = train(bench, case, spec, out)
+        rows, _ = setup.rows_of_a_device(config.training.batch_size)
+        predicted = setup.planner.predict(4, batch_size=rows, micro_batch_size=1)
+        found[name]["predicted"] = predicted.peak_bytes
     return found
 
 
-def fail_once() -> None:
-    """From now on the pass after the 53rd finds no room, as on the device of one process alone."""
-    passes, calls = loop._backward, iter(range(10**6))
+def fail_where_told() -> None:
+    """In the case FULL this process finds no room in the middle of its fourth step."""
+    prepare, passes = Trial._prepare, loop._backward
+    left: list[int] = []
+
+    def preparing(trial: Trial) -> None:
+        left[:] = [7] if trial.spec.seed == FULL_SEED else [10**9]
+        prepare(trial)
 
     def failing(*arguments: Any) -> float:
-        if next(calls) == 53:
+        left[0] -= 1
+        if left[0] == 0:
             raise torch.OutOfMemoryError("no room here")
         return passes(*arguments)
 
+    patched: Any = Trial
+    patched._prepare = preparing
     loop._backward = failing  # type: ignore[assignment]
 
 
-def start(command: list[str], num: int = 2, **env: str) -> list[subprocess.Popen[str]]:
+def start(
+    command: list[str], num: int = 2, stdin: bool = False, **env: str
+) -> list[subprocess.Popen[str]]:
     """The same command in several processes, as a launcher starts it."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -137,6 +162,7 @@ def start(command: list[str], num: int = 2, **env: str) -> list[subprocess.Popen
         subprocess.Popen(
             [sys.executable, *command],
             env={**environment(), **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE if stdin else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -147,7 +173,10 @@ def start(command: list[str], num: int = 2, **env: str) -> list[subprocess.Popen
 
 def main(folder: Path, out: Path) -> None:
     if is_follower():
-        follow()
+        try:
+            follow()
+        except RsautoError as error:
+            sys.exit(error.exit_code)
         return
     spread = join()
     with leading(spread):
@@ -159,6 +188,6 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("FAILS") and is_follower():
-        fail_once()
+    if os.environ.get("FAILS") == os.environ["RANK"]:
+        fail_where_told()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from torch import nn
 from rsauto.api import run_study
 from rsauto.errors import InputError
 from rsauto.launched import is_follower, num_processes
+from rsauto.search.ledger import open_storage
 from rsauto.search.setup import Objects, Setup, set_up
 from rsauto.study_file import validate
 from rsauto.training.spread import Spread, _buckets, join
@@ -29,7 +31,7 @@ from rsauto.training.spread import Spread, _buckets, join
 SCRIPT = str(Path(__file__).with_name("spread_trials.py"))
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-SECONDS = 200
+SECONDS = 400
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -45,7 +47,9 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def assert_same_results(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
-    one, other = ({k: v for k, v in each.items() if k != "peak"} for each in (one, other))
+    one, other = (
+        {k: v for k, v in each.items() if k not in ("peak", "predicted")} for each in (one, other)
+    )
     assert (one.get("outcome"), one.get("ranks")) == (other.get("outcome"), other.get("ranks"))
     assert list(numbers(other)) == pytest.approx(list(numbers(one)), abs=tolerance, rel=0)
 
@@ -69,41 +73,52 @@ def alone(folder: Path) -> dict[str, Any]:
     return found
 
 
-def together(folder: Path, out: Path, **env: str) -> dict[str, Any]:
+def together(
+    folder: Path, out: Path, codes: tuple[int, int] = (0, 0), **env: str
+) -> dict[str, Any]:
+    """Every case of `spread_trials` in two processes, which end with ``codes``."""
     out.mkdir()
     processes = start([SCRIPT, str(folder), str(out)], **env)
     said = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert tuple(process.returncode for process in processes) == codes, "\n".join(said)
     found: dict[str, Any] = json.loads((out / "found.json").read_text())
     return found
 
 
 def assert_all_same(folder: Path, alone: dict[str, Any], found: dict[str, Any], out: Path) -> None:
-    for name in alone.keys() & found.keys() - {FULL}:
-        # The best of what rounding leaves: sums in another order, ten steps of Adam.
+    assert found.keys() == alone.keys()
+    for name in alone.keys() - {FULL}:
         assert_same_results(alone[name], found[name], 1e-5)
         if (folder / "alone" / name).exists():
+            # Adam takes a gradient that is nothing but rounding for a direction.
             assert_same_adapters(folder / "alone" / name, out / name, 2e-5)
 
 
 def test_two_processes_train_what_one_trains(folder: Path, alone: dict[str, Any]) -> None:
     out = folder / "together"
     found = together(folder, out, FAILS="1")
-    assert found.keys() == alone.keys()
     assert_all_same(folder, alone, found, out)
-    assert set(alone["adalora none"]["ranks"].values()) > {0, 6}, "ranks must have moved"
+    assert {0, 6} < set(alone["adalora none"]["ranks"].values()), "ranks must have moved"
     assert alone["diverged"]["outcome"].startswith("Diverged: step 2")
     # The last process alone had no room, and the trial after it is as good as any.
     assert found[FULL]["outcome"] == "OutOfMemory: OutOfMemoryError: no room here (in process 1)"
+    assert [len(found[name]["curve"]) for name in ("stopped", FULL, "after")] == [1, 1, 3]
+    for name in ("text", "classes", "deep"):
+        assert found[name]["peak"] <= 1.02 * found[name]["predicted"]
 
 
 def test_two_processes_share_a_base(folder: Path, alone: dict[str, Any]) -> None:
     out = folder / "sharded"
-    found = together(folder, out, ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
-    assert found.keys() == alone.keys() - {FULL}
+    launch = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    # What ends the run for the other process is written down by this one all the same.
+    found = together(folder, out, (0, 4), FAILS="0", **launch)
     assert_all_same(folder, alone, found, out)
-    # Half of the layers' weights, less than half of what they need beside: not of the embeddings.
-    assert found["text"]["peak"] < alone["text"]["peak"]
+    assert found[FULL]["outcome"] == "OutOfMemory: no room here"
+    # Less than with a whole base, and never more than planned, which counts gathered layers even
+    # where the peak is outside of them.
+    deep, whole = found["deep"], alone["deep"]
+    assert deep["peak"] < whole["peak"] <= 1.02 * whole["predicted"]
+    assert deep["peak"] <= deep["predicted"] < whole["predicted"]
 
 
 def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -148,15 +163,11 @@ def begin_long_study(tmp_path: Path) -> tuple[list[subprocess.Popen[str]], Path]
     long = ["--set", "training.steps=100000", "--set", "training.num_evals=100000"]
     processes = start(["-m", "rsauto", "study", str(path), "--out", str(out), *long])
     until = time.monotonic() + SECONDS
-    while '"state": 0' not in journal(out) and '"spec"' not in journal(out):
+    journal = out / "journal.log"
+    while not journal.exists() or '"spec"' not in journal.read_text():
         assert time.monotonic() < until and processes[0].poll() is None, "it did not begin"
         time.sleep(0.2)
     return processes, out
-
-
-def journal(out: Path) -> str:
-    path = out / "journal.log"
-    return path.read_text() if path.exists() else ""
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -164,16 +175,15 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_dies_ends_the_study_for_all(tmp_path: Path, killed: int) -> None:
+def test_a_process_that_dies_ends_the_study_which_can_be_continued(tmp_path: Path) -> None:
     processes, out = begin_long_study(tmp_path)
-    processes[killed].kill()
-    found = ends(processes)
-    code, words = found[1 - killed]
-    assert found[killed][0] == -signal.SIGKILL
-    assert code == 4, words
+    processes[1].kill()
+    (code, words), (killed, _) = ends(processes)
+    assert (code, killed) == (4, -signal.SIGKILL), words
     assert "the same command continues" in words and "Traceback" not in words
-    assert not records(out) or all(r["outcome"] == "complete" for r in records(out))
+    assert not records(out), "what happened is not the trial's fault"
+    ledger = optuna.load_study(study_name="tiny", storage=open_storage(None, out / "journal.log"))
+    assert [trial.state.name for trial in ledger.trials] == ["FAIL", "WAITING"]
 
 
 def test_ctrl_c_stops_all_processes_in_order(tmp_path: Path) -> None:
@@ -184,6 +194,31 @@ def test_ctrl_c_stops_all_processes_in_order(tmp_path: Path) -> None:
     assert (code, other) == (4, 0), words
     assert "Stopped. 0 trials are kept" in words
     assert not records(out)
+
+
+WAITING = """
+import sys, time
+from datetime import timedelta
+from rsauto.training import spread
+spread.TIMEOUT = timedelta(seconds=3)
+joined = spread.join()
+joined.together(lambda: 1)
+if joined.rank == 0:
+    sys.stdin.readline()
+for _ in range(2):
+    try:
+        joined.hear()
+    except spread.ProcessLost as lost:
+        print(lost)
+"""
+
+
+def test_nobody_waits_for_ever_for_a_process_that_hangs() -> None:
+    first, second = start(["-c", WAITING], stdin=True)
+    words, errors = second.communicate(timeout=SECONDS)
+    assert words.count("lost each other") == 2, errors
+    first.kill()
+    first.communicate()
 
 
 # ------------------------------------------------------------------------------- before it starts

@@ -34,10 +34,14 @@ def leading(spread: Spread) -> Iterator[None]:
     except (ProcessLost, KeyboardInterrupt):
         raise  # nobody is where a message would find them; they notice when this process is gone
     except BaseException:
-        with suppress(ProcessLost):
-            spread.tell(None)
+        _dismiss(spread)
         raise
     else:
+        _dismiss(spread)
+
+
+def _dismiss(spread: Spread) -> None:
+    with suppress(ProcessLost):  # they end all the same, and what was done is done
         spread.tell(None)
 
 

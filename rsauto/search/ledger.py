@@ -61,7 +61,7 @@ class Ledger:
             study_name=config.name,
             storage=storage,
             direction="minimize" if config.search.minimize else "maximize",
-            # Proposals and pruning are rsauto's own (see proposals, pruning); these are never asked.
+            # Proposals and pruning are our own (see there); these are never asked.
             sampler=optuna.samplers.RandomSampler(seed=0),
             pruner=NopPruner(),
             load_if_exists=True,

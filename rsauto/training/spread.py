@@ -108,10 +108,10 @@ class Link:
 
     def break_off(self, error: Exception) -> None:
         """Raises ProcessLost, now and at every later message."""
+        words = _Failure.of(error, 0).words.split(". ")[0]
         self.lost = (
             "The processes that train together have lost each other; what another one says may "
-            f"tell why ({_Failure.of(error, 0).words}). Settled trials are safe; the same command "
-            "continues."
+            f"tell why ({words}). Settled trials are safe; the same command continues."
         )
         raise ProcessLost(self.lost) from None
 
@@ -189,7 +189,7 @@ class Spread:
         absent = self.link.gather({n for n, p in enumerate(parameters) if p.grad is None})
         with self.link.kept():
             # What no row anywhere has used keeps no gradient; it takes no part in norms and steps.
-            for number in absent[self.rank] - absent[0].intersection(*absent):
+            for number in absent[self.rank].difference(absent[0].intersection(*absent)):
                 parameters[number].grad = torch.zeros_like(parameters[number])
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 _sum_in_place(bucket)
