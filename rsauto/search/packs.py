@@ -159,9 +159,15 @@ class PackRun:
                     yield from self._end(running, "pruned")
 
     def _is_whole(self, spec: TrialSpec) -> bool:
-        """Whether all trials of a cohort have begun, or none of them can begin now."""
-        history = self.books.ledger.history()
-        begun = sum(trial.spec.cohort == spec.cohort for trial in history.trials)
+        """Whether all trials of a cohort are here or have ended, or no other can begin now.
+
+        One that waits to be run again, after an interruption, is neither.
+        """
+        here = [running.number for running in self._running]
+        begun = sum(
+            trial.spec.cohort == spec.cohort and (trial.record is not None or trial.number in here)
+            for trial in self.books.ledger.history().trials
+        )
         return begun >= (spec.cohort_size or 0) or (self._is_full and not self._moving)
 
     def _decided(self, group: Sequence[_Running], step: int) -> list[tuple[_Running, bool]]:
