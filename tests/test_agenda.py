@@ -314,7 +314,9 @@ def test_the_search_opens_with_every_rank_once_in_the_middle(record_of: Records)
         assert spec.learning_rate == pytest.approx(space.centre("rslora", spec.rank), rel=1e-3)
 
 
-def test_a_short_or_a_random_study_has_no_opening_and_transfer_one_of_its_own(record_of: Records) -> None:
+def test_a_short_or_a_random_study_has_no_opening_and_transfer_one_of_its_own(
+    record_of: Records,
+) -> None:
     for search in (
         {"trials": 10, "strategy": "tpe"},
         {"trials": 40, "strategy": "random"},

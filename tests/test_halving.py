@@ -318,4 +318,3 @@ def test_who_found_no_room_beside_others_is_let_in_once_they_stand(
     monkeypatch.setattr("rsauto.search.pack_memory.fits", lambda _, specs, __: len(specs) <= 2)
     events = run(config_of(values, trials=8), tmp_path / "out")
     assert_same(events, large)
-

@@ -154,9 +154,7 @@ def test_the_cost_of_ranks_is_a_line_that_does_not_fall() -> None:
     assert base + 2 * slope > 0, "a cost is never nothing"
 
 
-def test_the_study_is_the_same_again(
-    record_of: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_study_is_the_same_again(record_of: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for seed in (0, 1):
         run = Landscape(space_of(strategy="cost", trials=24), record_of, Bowl(), seed)

@@ -243,7 +243,7 @@ def test_where_the_whole_ladder_diverges_the_study_goes_on(
     record_of: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = study(record_of, monkeypatch, Bowl(diverges_above=0.0), min_improvement=0)
-    assert len(outcomes(run)) == 40
+    assert len(outcomes(run)) == 40 - 6, "there is nobody to run on two more seeds"
     assert {r.outcome for _, r in outcomes(run)} == {"diverged"}
     assert {s.rank for s, _ in run.searched} == set(RANKS)
     assert narrowed(run.setup.space, run.searched, loss_of).bands == {}
