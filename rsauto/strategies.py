@@ -40,8 +40,8 @@ class SearchConfig(Part):
     the whole space; grid: every point, low ranks first; cost: the point with the most expected
     improvement for its time."""
     pruner: Literal["halving", "median", "none"] | None = None
-    """halving: trials that began together are compared at an eighth, a quarter and a half of their
-    steps (or the evaluations nearest to them), and half of them go on each time; median: a trial
+    """halving: trials that began together are compared at the first evaluation after an eighth of
+    their steps, and whenever these have doubled since; about half of them go on each time; median: a trial
     worse than the median of the others is given up; null: halving, but none for grid, which is for
     its coverage."""
     method: Annotated[tuple[Method, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (

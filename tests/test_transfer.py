@@ -108,7 +108,8 @@ def test_the_summit_is_the_ladders_vertex_moved_by_the_law(
 def test_the_best_point_of_a_grid_is_come_close_to_for_a_tenth_of_its_tokens(
     record_of: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bowl = Bowl(middle=math.log2(5e-4))
+    """Where the highest rank is the best one, which the summit looks at first."""
+    bowl = Bowl(middle=math.log2(5e-4), best_rank=128)
     run = study(record_of, monkeypatch, bowl)
     rates = [2e-5 * 10 ** (k / 2) for k in range(7)]
     like = run.searched[0][0]
@@ -134,16 +135,16 @@ def test_the_same_trials_however_many_run_at_once_and_in_whatever_order_they_end
 ) -> None:
     alone = study(record_of, monkeypatch, size=1).results()
     assert len({role for role, *_ in alone}) == 4
-    for size, seed in ((1, 5), (2, 1), (2, 2), (8, 3), (8, 4)):
+    for size, seed in ((1, 5), (2, 1), (8, 3)):
         assert study(record_of, monkeypatch, size=size, seed=seed).results() == alone
 
 
-@pytest.mark.parametrize("stop_after", [3, 20, 29, 45])
+@pytest.mark.parametrize("stop_after", [3, 20, 29, 50])
 def test_a_study_stopped_in_a_ladder_or_a_summit_goes_on_with_the_same_trials(
     stop_after: int, record_of: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = study(record_of, monkeypatch, size=4)
-    run = Landscape(space_of(), record_of, Bowl(), seed=stop_after)
+    whole = study(record_of, monkeypatch, size=4, trials=30)
+    run = Landscape(space_of(trials=30), record_of, Bowl(), seed=stop_after)
     run.stop_after = stop_after
     with pytest.raises(StudyInterrupted):
         run.run_packed(monkeypatch, 4)
@@ -242,7 +243,7 @@ def test_where_the_whole_ladder_diverges_the_study_goes_on(
     record_of: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = study(record_of, monkeypatch, Bowl(diverges_above=0.0), min_improvement=0)
-    assert len(outcomes(run)) == 40
+    assert len(outcomes(run)) == 40 - 6, "there is nobody to run on two more seeds"
     assert {r.outcome for _, r in outcomes(run)} == {"diverged"}
     assert {s.rank for s, _ in run.searched} == set(RANKS)
     assert narrowed(run.setup.space, run.searched, loss_of).bands == {}

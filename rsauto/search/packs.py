@@ -82,6 +82,8 @@ class PackRun:
         """Of them those that a rung has let through, as soon as there is room."""
         self._is_full = False
         """Nobody else may join until one of the trials has ended."""
+        self._is_open = True
+        """Nobody has taken a step since the last were let in."""
         self._id = ""
 
     def events(self, first: Entrant) -> Events:
@@ -91,9 +93,11 @@ class PackRun:
             yield from self._admit(first)
             while self._running:
                 yield from self._pass_rungs()
+                self._is_open = self._is_open or not self._moving
                 yield from self._fill()
                 if not self._moving:
                     continue
+                self._is_open = False
                 try:
                     advances = self._pack.advance()
                 except Exception as error:  # whose fault it is shows when each runs alone
@@ -118,7 +122,7 @@ class PackRun:
 
         In a pack that is filled together only once nobody moves.
         """
-        if self._moving and self.plan.admission == "together":
+        if self.plan.admission == "together" and not self._is_open:
             return
         while len(self._moving) < self.plan.size and self._pack.has_room:
             if self._passed:
@@ -159,9 +163,16 @@ class PackRun:
                     yield from self._end(running, "pruned")
 
     def _is_whole(self, spec: TrialSpec) -> bool:
-        """Whether all trials of a cohort have begun, or none of them can begin now."""
-        history = self.books.ledger.history()
-        begun = sum(cohort_of(trial.spec) == cohort_of(spec) for trial in history.trials)
+        """Whether all trials of a cohort are here or have ended, or no other can begin now.
+
+        One that waits to be run again, after an interruption, is neither.
+        """
+        here = [running.number for running in self._running]
+        begun = sum(
+            cohort_of(trial.spec) == cohort_of(spec)
+            and (trial.record is not None or trial.number in here)
+            for trial in self.books.ledger.history().trials
+        )
         return begun >= (spec.cohort_size or 0) or (self._is_full and not self._moving)
 
     def _decided(self, group: Sequence[_Running], step: int) -> list[tuple[_Running, bool]]:

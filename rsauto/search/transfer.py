@@ -47,7 +47,7 @@ def transfer_trial(space: Space, history: History, objective: Objective, num_sea
     """The next trial of the three parts. ``num_searched`` trials may be searched in all."""
     begun = [trial for trial in history.trials if trial.spec.role == "search"]
     methods = space.config.search.method
-    ladders = [spec for method in methods for spec in ladder(space, method, num_searched)]
+    ladders = [s for method in methods for s in ladder(space, method, num_searched, begun)]
     turn = _next_of(ladders, begun)
     if turn is not None:
         return turn
@@ -55,7 +55,8 @@ def transfer_trial(space: Space, history: History, objective: Objective, num_sea
     coverage: list[TrialSpec] = []
     for method in methods:
         found = tuned(space, method, history.settled, objective)
-        ranks = _open_ranks(space, method, history.settled, num_searched)
+        length = len(ladder(space, method, num_searched, begun))
+        ranks = _open_ranks(space, method, history.settled, num_searched, length)
         if found is not None and ranks and ranks[0] > found.rank:
             summits += _summit(space, method, ranks[0], found)
             ranks = ranks[1:]
@@ -63,20 +64,32 @@ def transfer_trial(space: Space, history: History, objective: Objective, num_sea
     return _next_of([*summits, *coverage], begun)
 
 
-def ladder(space: Space, method: Method, num_searched: int) -> list[TrialSpec]:
+def ladder(
+    space: Space, method: Method, num_searched: int, begun: Sequence[Begun] = ()
+) -> list[TrialSpec]:
     """Learning rates over the whole range at one low rank, the middle ones first.
 
-    Nothing where there are too few trials for it, or one learning rate.
+    One that was ``begun`` stays as it is, whatever trials and ranks the study has now. Nothing
+    where there are too few trials for it, or one learning rate.
     """
+    number = _ladder_of(space, method)
+    first = next(
+        (t.spec for t in begun if t.spec.cohort == number and t.spec.rank in space.ranks), None
+    )
+    if first is not None:
+        return _ladder(space, method, first.rank, first.cohort_size or 0)
     most = min(MOST_LADDER, num_searched // (2 * len(space.config.search.method)))
     if most < LEAST_LADDER:
         return []
-    middle = space.middle(ladder_rank(space), method)
+    return _ladder(space, method, ladder_rank(space), most)
+
+
+def _ladder(space: Space, method: Method, rank: int, most: int) -> list[TrialSpec]:
+    middle = space.middle(rank, method)
     chosen = space.config.search.learning_rate
     if isinstance(chosen, RateRange):
         octaves = math.log2(chosen.high / chosen.low)
-        count = min(most, round(octaves) + 1)
-        rates = _spread(middle.learning_rate, octaves, count)
+        rates = _spread(middle.learning_rate, octaves, min(most, round(octaves) + 1))
     else:
         rates = _thinned(sorted(chosen), most)
     if len(rates) < 2:
@@ -104,8 +117,11 @@ def tuned(space: Space, method: Method, settled: Settled, objective: Objective) 
 
     None where no trial of it was completed.
     """
-    cohort = _ladder_of(space, method)
-    ours = [(spec, record) for spec, record in settled if spec.cohort == cohort]
+    ours = [
+        (spec, record)
+        for spec, record in settled
+        if spec.cohort == _ladder_of(space, method) and spec.rank in space.ranks
+    ]
     values = [
         (value, spec.learning_rate, spec.rank)
         for spec, record in ours
@@ -197,16 +213,20 @@ def _best(settled: Settled, method: Method, objective: Objective) -> TrialSpec |
     return min(values)[2] if values else None
 
 
-def _open_ranks(space: Space, method: Method, settled: Settled, num_searched: int) -> list[int]:
+def _open_ranks(
+    space: Space, method: Method, settled: Settled, num_searched: int, num_ladder: int
+) -> list[int]:
     """Ranks to cover, highest first: all but the ladder's own, where that has a whole trial.
 
     As many as there are trials for; where they are fewer, ranks are left out evenly.
     """
-    length = len(ladder(space, method, num_searched))
-    outer = 2 if length else 0  # the summit's rates beside the middle one
-    most = max(1, num_searched // len(space.config.search.method) - length - outer)
-    cohort = _ladder_of(space, method)
-    done = {spec.rank for spec, r in settled if spec.cohort == cohort and r.outcome == "complete"}
+    outer = 2 if num_ladder else 0  # the summit's rates beside the middle one
+    most = max(1, num_searched // len(space.config.search.method) - num_ladder - outer)
+    done = {
+        spec.rank
+        for spec, record in settled
+        if spec.cohort == _ladder_of(space, method) and record.outcome == "complete"
+    }
     return _thinned([rank for rank in reversed(space.ranks) if rank not in done], most)
 
 

@@ -83,6 +83,8 @@ class Work:
         self._poll_seconds = poll_seconds
         self._begin_time = time.monotonic() if begin is None else begin
         self._must_wait = False
+        self._asked: object = None
+        self._answer: TrialSpec | None = None
         self._told = {record.number for record in self.ledger.records()}
         self._recovered = self._heard = time.monotonic()
 
@@ -338,6 +340,9 @@ class Work:
             return None
         if not self._is_asynchronous and any(t.spec.role in REFERENCES for t in pending):
             return None  # everything after the defaults knows how they ended
+        asked = ([(trial.number, trial.record is None) for trial in history.trials], self.setup)
+        if asked == self._asked:
+            return self._answer  # a search may take long to propose, and is asked at every step
         lookahead = self.ledger.lookahead or 1
         if self._is_asynchronous:
             # With what runs put last, looking past it leaves out nothing that is known.
@@ -351,8 +356,9 @@ class Work:
             lookahead=lookahead,
             running=[] if self._is_asynchronous else [trial.number for trial in pending],
         )
-        if spec is None or any(point(spec) == point(trial.spec) for trial in pending):
-            return None  # what the agenda asks for is running elsewhere
+        if spec is not None and any(point(spec) == point(trial.spec) for trial in pending):
+            spec = None  # what the agenda asks for is running elsewhere
+        self._asked, self._answer = asked, spec
         return spec
 
     def raise_allowance(self) -> Iterator[Event]:
