@@ -41,9 +41,9 @@ class SearchConfig(Part):
     improvement for its time."""
     pruner: Literal["halving", "median", "none"] | None = None
     """halving: trials that began together are compared at the first evaluation after an eighth of
-    their steps, and whenever these have doubled since; about half of them go on each time; median: a trial
-    worse than the median of the others is given up; null: halving, but none for grid, which is for
-    its coverage."""
+    their steps, and whenever these have doubled since; about half of them go on each time. median:
+    a trial worse than the median of the others is given up. null: halving, but none for grid, which
+    is for its coverage."""
     method: Annotated[tuple[Method, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         "rslora",
     )
