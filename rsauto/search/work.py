@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
+from zlib import crc32
 
 from rsauto.config import StudyConfig
 from rsauto.errors import AllTrialsFailedError, StudyInterrupted
@@ -310,13 +311,14 @@ class Work:
             return None
         if not self._is_asynchronous and any(t.spec.role in REFERENCES for t in pending):
             return None  # everything after the defaults knows how they ended
-        lookahead = self.ledger.lookahead or 1
+        config, lookahead = self.config, self.ledger.lookahead or 1
         if self._is_asynchronous:
+            config = self._with_own_seed(config)
             # With what runs put last, looking past it leaves out nothing that is known.
             ended = [trial for trial in history.trials if trial.record is not None]
             history, lookahead = History((*ended, *pending)), len(pending) + 1
         spec = next_spec(
-            self.config,
+            config,
             self.setup.space,
             history,
             self.books.objective,
@@ -326,6 +328,15 @@ class Work:
         if spec is None or any(point(spec) == point(trial.spec) for trial in pending):
             return None  # what the agenda asks for is running elsewhere
         return spec
+
+    def _with_own_seed(self, config: StudyConfig) -> StudyConfig:
+        """Settings by which this process draws other points than those that ask beside it.
+
+        The trials themselves keep the study's seed, which the space gives them.
+        """
+        own = config.training.seed + crc32(worker_name().encode())
+        training = config.training.model_copy(update={"seed": own})
+        return config.model_copy(update={"training": training})
 
     def raise_allowance(self) -> Iterator[Event]:
         """Learns from trials that needed more memory than predicted, those of earlier runs too."""
