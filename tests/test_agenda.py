@@ -27,11 +27,11 @@ from rsauto.search.agenda import (
     seed_trials,
 )
 from rsauto.search.books import Books
-from rsauto.search.driver import StudyRun
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.packs import Entrant
 from rsauto.search.space import Space
+from rsauto.search.work import Work
 from rsauto.study_file import validate
 
 Records = Callable[..., TrialRecord]
@@ -57,12 +57,11 @@ def bowl(spec: TrialSpec) -> float:
     )
 
 
-class SyntheticRun(StudyRun):
+class SyntheticRun(Work):
     """The driver's own decisions, with outcomes made up instead of trained."""
 
     def __init__(self, space: Space, record_of: Records, outcome: Outcome) -> None:
-        self.config = space.config
-        self.ledger = Ledger.open(InMemoryStorage(), space.config)
+        ledger = Ledger.open(InMemoryStorage(), space.config)
         setup = SimpleNamespace(
             config=space.config,
             space=space,
@@ -70,8 +69,9 @@ class SyntheticRun(StudyRun):
             smallest_prediction=lambda spec: spec.rank,
             planner=SimpleNamespace(needed_bytes=lambda rank: 2**20 * rank),
         )
-        self.books = Books(setup, None, self.ledger, None)  # type: ignore[arg-type]
-        self.books.objective = Objective("eval_loss", minimize=True, untouched=9.0)
+        books = Books(setup, None, ledger, None)  # type: ignore[arg-type]
+        books.objective = Objective("eval_loss", minimize=True, untouched=9.0)
+        super().__init__(books, None)  # type: ignore[arg-type]
         self.record_of, self.outcome = record_of, outcome
 
     def run(self) -> list[tuple[TrialSpec, TrialRecord]]:

@@ -74,8 +74,7 @@ class InFlight(SyntheticRun):
         running: list[Entrant] = []
         while num_settled(self.ledger.settled()) < self.config.search.trials:
             while len(running) < (size if self.is_searching(running) else 1):
-                numbers = [entrant.trial.number for entrant in running]
-                entrant = self._begin(lambda numbers=numbers: self._propose(numbers))
+                entrant = self._begin(self._propose)
                 if entrant is None:
                     break
                 running.append(entrant)
@@ -111,7 +110,7 @@ def test_the_last_trials_wait_for_all_others(record_of: Records) -> None:
     run = InFlight(space_of(trials=30), record_of, lambda spec, number: "complete")
     run.ledger.set_lookahead(8)
     entrants: list[Entrant] = []
-    while entrant := run._begin(lambda: run._propose([e.trial.number for e in entrants])):
+    while entrant := run._begin(run._propose):
         if entrant.spec.role != "search":
             run.end(entrant)
         elif entrant.known is not None and len(entrants) < 7:
