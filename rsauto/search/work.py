@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
+from zlib import crc32
 
 from rsauto.config import StudyConfig
 from rsauto.errors import AllTrialsFailedError, StudyInterrupted
@@ -343,13 +344,14 @@ class Work:
         asked = ([(trial.number, trial.record is None) for trial in history.trials], self.setup)
         if asked == self._asked:
             return self._answer  # a search may take long to propose, and is asked at every step
-        lookahead = self.ledger.lookahead or 1
+        config, lookahead = self.config, self.ledger.lookahead or 1
         if self._is_asynchronous:
+            config = self._with_own_seed(config)
             # With what runs put last, looking past it leaves out nothing that is known.
             ended = [trial for trial in history.trials if trial.record is not None]
             history, lookahead = History((*ended, *pending)), len(pending) + 1
         spec = next_spec(
-            self.config,
+            config,
             self.setup.space,
             history,
             self.books.objective,
@@ -360,6 +362,15 @@ class Work:
             spec = None  # what the agenda asks for is running elsewhere
         self._asked, self._answer = asked, spec
         return spec
+
+    def _with_own_seed(self, config: StudyConfig) -> StudyConfig:
+        """Settings by which this process draws other points than those that ask beside it.
+
+        The trials themselves keep the study's seed, which the space gives them.
+        """
+        own = config.training.seed + crc32(worker_name().encode())
+        training = config.training.model_copy(update={"seed": own})
+        return config.model_copy(update={"training": training})
 
     def raise_allowance(self) -> Iterator[Event]:
         """Learns from trials that needed more memory than predicted, those of earlier runs too."""
