@@ -20,12 +20,7 @@ from rsauto.config import StudyConfig
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import ledger as ledger_module
-from rsauto.search.ledger import (
-    DIVERGENCE,
-    MEMORY,
-    Ledger,
-    build_pruner,
-)
+from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger
 from rsauto.search.liveness import this_worker, worker_lives
 from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
@@ -237,18 +232,6 @@ def test_the_study_has_the_direction_of_its_objective(
 ) -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of(**search))
     assert ledger.study.direction.name == direction
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("median", optuna.pruners.MedianPruner),
-        ("halving", optuna.pruners.SuccessiveHalvingPruner),
-        ("none", optuna.pruners.NopPruner),
-    ],
-)
-def test_each_pruner_is_the_one_it_is_called(name: str, kind: type) -> None:
-    assert type(build_pruner(config_of(pruner=name).search)) is kind
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "unknowndb://x/y"])

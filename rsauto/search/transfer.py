@@ -55,9 +55,10 @@ def transfer_trial(space: Space, history: History, objective: Objective, num_sea
     coverage: list[TrialSpec] = []
     for method in methods:
         found = tuned(space, method, history.settled, objective)
-        length = len(ladder(space, method, num_searched, begun))
-        ranks = _open_ranks(space, method, history.settled, num_searched, length)
-        if found is not None and ranks and ranks[0] > found.rank:
+        left = num_searched // len(methods) - len(ladder(space, method, num_searched, begun))
+        ranks = _open_ranks(space, method, history.settled, left)
+        has_room = left >= len(ranks) + 2  # for the outer rates of the summit
+        if found is not None and ranks and ranks[0] > found.rank and has_room:
             summits += _summit(space, method, ranks[0], found)
             ranks = ranks[1:]
         coverage += [at_rank(space, method, rank, found) for rank in ranks]
@@ -78,7 +79,8 @@ def ladder(
     )
     if first is not None:
         return _ladder(space, method, first.rank, first.cohort_size or 0)
-    most = min(MOST_LADDER, num_searched // (2 * len(space.config.search.method)))
+    share = num_searched // len(space.config.search.method)
+    most = min(MOST_LADDER, share // 2, max(LEAST_LADDER, share - len(space.ranks) + 1))
     if most < LEAST_LADDER:
         return []
     return _ladder(space, method, ladder_rank(space), most)
@@ -213,21 +215,17 @@ def _best(settled: Settled, method: Method, objective: Objective) -> TrialSpec |
     return min(values)[2] if values else None
 
 
-def _open_ranks(
-    space: Space, method: Method, settled: Settled, num_searched: int, num_ladder: int
-) -> list[int]:
+def _open_ranks(space: Space, method: Method, settled: Settled, most: int) -> list[int]:
     """Ranks to cover, highest first: all but the ladder's own, where that has a whole trial.
 
-    As many as there are trials for; where they are fewer, ranks are left out evenly.
+    At most that many, evenly chosen.
     """
-    outer = 2 if num_ladder else 0  # the summit's rates beside the middle one
-    most = max(1, num_searched // len(space.config.search.method) - num_ladder - outer)
     done = {
         spec.rank
         for spec, record in settled
         if spec.cohort == _ladder_of(space, method) and record.outcome == "complete"
     }
-    return _thinned([rank for rank in reversed(space.ranks) if rank not in done], most)
+    return _thinned([rank for rank in reversed(space.ranks) if rank not in done], max(1, most))
 
 
 def _summit(space: Space, method: Method, rank: int, found: Tuned) -> list[TrialSpec]:
