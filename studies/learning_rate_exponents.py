@@ -1,14 +1,15 @@
 """How the best learning rate moves with rank: exponents fitted from sweeps on the embedded task.
 
-    python studies/learning_rate_exponents.py            about 50 minutes on one busy core
-    python studies/learning_rate_exponents.py --quick    AdamW, 24 steps, no files, under a minute
+    python studies/learning_rate_exponents.py            about half an hour on one idle core
+    python studies/learning_rate_exponents.py --quick    AdamW, 24 steps, no files, a minute
     python studies/learning_rate_exponents.py --table    table and figure of the sweeps so far
 
 Three multipliers on B A x (alpha/sqrt(r), alpha/r, alpha) under AdamW and under SGD. A sweep is the
-trials of one multiplier, optimizer, rank and seed over learning rates sqrt(2) apart: a factor of 2
-to both sides of where the prior expects the best, on until the lowest is inside, then its
-neighbours. Its best rate is the vertex of the parabola through them; the exponent is the slope of
-log2(best rate) over log2(rank), all seeds together, and its 95 % interval that of a slope.
+trials of one multiplier, optimizer, rank and seed over learning rates sqrt(2) apart. It begins a
+factor of 2 to both sides of where the prior expects the best (seeds after the first: where the
+first had it), and walks on until the lowest loss has been tried on both sides. Its best rate is the
+vertex of the parabola through those three; the exponent is the slope of log2(best rate) over
+log2(rank), all seeds together, and its 95 % interval that of a slope.
 
 Every trial is appended to reports/learning-rate-exponents/sweeps.jsonl as it ends, and a run goes
 on from there. table.json and rate-against-rank.svg are made of that file alone.
@@ -79,7 +80,7 @@ class Finding:
 
     @property
     def prior(self) -> float:
-        return RULES[self.rule].prior(self.optimizer)
+        return RULES[self.rule].prior(self.optimizer) + 0.0  # no -0.0
 
     @property
     def means(self) -> dict[int, float]:
@@ -227,6 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", choices=OPTIMIZERS, help="two can run side by side")
     chosen = parser.parse_args()
     file = OUT / "sweeps.jsonl"
     if chosen.quick:
@@ -236,7 +238,8 @@ def main() -> None:
         return
     OUT.mkdir(parents=True, exist_ok=True)
     if not chosen.table:
-        sweep_all(Lab().train, STAGES, seeds=SEEDS, optimizers=OPTIMIZERS, file=file)
+        optimizers = (chosen.only,) if chosen.only else OPTIMIZERS
+        sweep_all(Lab().train, STAGES, seeds=SEEDS, optimizers=optimizers, file=file)
     rows = read_rows(file)
     write(rows)
     print(table(findings(rows)))

@@ -57,7 +57,7 @@ RULES: Mapping[RuleName, Rule] = {
 MAX_GRAD_NORM: Mapping[PackedOptimizer, float | None] = {"adamw": 1.0, "sgd": None}
 """The prior for SGD is that of steps that are not clipped."""
 CENTRES: Mapping[PackedOptimizer, int] = {"adamw": -15, "sgd": -7}
-"""k of the best learning rate at rank ANCHOR, from sweeps of seed 0 over decades."""
+"""k near the best learning rate at rank ANCHOR, where the first sweep begins."""
 
 NOTHING_LEARNT = 3.3
 """Trials at rates that are too high end above it, near 3.8, whatever the rate: the loss of a model
@@ -124,14 +124,14 @@ class Start:
 def next_rates(sweep: Sweep, start: Start, widest: int = 12) -> list[int]:
     """Each k to try next; none when the lowest has been tried on both sides, sqrt(2) apart.
 
-    Where none of the rates taught the model anything they were too high, and lower ones are tried.
+    Where no rate taught the model anything, lower ones are tried until the loss rises with them.
     Raises ValueError where the lowest is more than ``widest`` half octaves from the centre: the
     centre is wrong, or the loss does not depend on the learning rate.
     """
     if not sweep:
         return [start.centre + side * start.reach for side in (-1, 0, 1)]
     best = lowest(sweep)
-    too_high = sweep[best] > NOTHING_LEARNT
+    too_high = sweep[best] > NOTHING_LEARNT and not _falls_at_first(sweep)
     reached = min(sweep) if too_high else best
     if abs(reached - start.centre) > widest:
         raise ValueError(
@@ -148,6 +148,12 @@ def next_rates(sweep: Sweep, start: Start, widest: int = 12) -> list[int]:
 def is_complete(sweep: Sweep) -> bool:
     """Whether the lowest has been tried on both sides, sqrt(2) apart."""
     return bool(sweep) and not next_rates(sweep, Start(lowest(sweep), 1))
+
+
+def _falls_at_first(sweep: Sweep) -> bool:
+    """Whether the loss falls over the three lowest rates, as it does where they are too low."""
+    losses = [sweep[k] for k in sorted(sweep)[:3]]
+    return len(losses) == 3 and losses[0] > losses[1] > losses[2]
 
 
 def lowest(sweep: Sweep) -> int:
@@ -271,12 +277,12 @@ def sweep_all(
     optimizers: Sequence[PackedOptimizer],
     file: Path | None,
 ) -> list[Row]:
-    """Stage by stage, seed by seed, AdamW and SGD: what is there early is balanced.
+    """Stage by stage, so that what is there early spans the ranks.
 
     Goes on from the rows in ``file``, and appends to it.
     """
     rows = read_rows(file) if file else []
-    for ranks, seed, optimizer in product(stages, seeds, optimizers):
+    for ranks, optimizer, seed in product(stages, optimizers, seeds):
         keys = {SweepKey(optimizer, rule, r, seed).trained_as for r in ranks for rule in RULES}
         before = sweeps_of(row for row in rows if row.key not in keys)
         starts = {key: start_of(key, before) for key in keys}

@@ -111,6 +111,18 @@ def test_from_rates_that_are_all_too_high_it_goes_down(study: Any, sweeps: Any) 
     assert study.best_of(sweep) == pytest.approx(2**-2.5)
 
 
+def test_it_comes_back_up_where_no_rate_teaches_anything(study: Any, sweeps: Any) -> None:
+    def loss(k: int) -> float:
+        return 3.8 + 0.1 * (k % 4) if k > -5 else 3.4 + 0.05 * (k + 6) ** 2
+
+    start = sweeps.Start(2, 2)
+    sweep: dict[int, float] = {}
+    while asked := sweeps.next_rates(sweep, start):
+        sweep |= {k: loss(k) for k in asked}
+    assert sweeps.lowest(sweep) == -6
+    assert min(sweep) == -10
+
+
 def test_a_trial_that_diverged_bounds_a_sweep(study: Any, sweeps: Any) -> None:
     sweep = {-2: 2.0, -1: 1.0, 0: math.inf}
     assert sweeps.is_complete(sweep)
