@@ -68,7 +68,7 @@ def test_every_example_of_a_study_file_is_valid() -> None:
     whole, *parts = code_blocks("yaml")
     config = StudyConfig.model_validate({"name": "gsm8k", **yaml.safe_load(whole)})
     assert config.memory_budget == 24 * 2**30
-    assert len(parts) == 6
+    assert len(parts) == 7
     for part in parts:
         StudyConfig.model_validate(yaml.safe_load(part))
 
