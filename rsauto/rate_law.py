@@ -13,6 +13,7 @@ ranks, whose place moves with rank: ln L = f(rho) + c (x - m - s rho)^2.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,13 +128,20 @@ class Surface:
 
 
 def whole_search_trials(records: Iterable[TrialRecord], method: Method) -> list[RatePoint]:
-    """The search trials of a method that ran at full length, which alone a law is fitted to."""
+    """The search trials of a method that ran at full length, which alone a law is fitted to.
+
+    The law holds at one alpha, one lr_ratio and one choice of layers: those that most of them have.
+    """
+    whole = [
+        record
+        for record in records
+        if record.role == "search" and record.method == method and record.outcome == "complete"
+    ]
+    alike = Counter((r.alpha, r.lr_ratio, r.target_modules) for r in whole).most_common(1)
     return [
         RatePoint(record.rank, record.learning_rate, record.eval_loss)
-        for record in records
-        if record.role == "search"
-        and record.method == method
-        and record.outcome == "complete"
+        for record in whole
+        if (record.alpha, record.lr_ratio, record.target_modules) == alike[0][0]
         and record.eval_loss is not None
     ]
 

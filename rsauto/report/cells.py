@@ -176,7 +176,7 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
         )
     finished = f"{verdict.num_complete} finished at full length"
     if verdict.num_pruned:
-        finished += f", {verdict.num_pruned} pruned at a rung"
+        finished += f", {verdict.num_pruned} pruned"
     found.append(("trials", str(verdict.num_trials), finished))
     return found
 

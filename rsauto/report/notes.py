@@ -41,7 +41,7 @@ def token_note(records: Sequence[TrialRecord]) -> str | None:
     if not pruned:
         return f"{text}; no trial was pruned."
     trials = "1 trial that was" if len(pruned) == 1 else f"{len(pruned)} trials that were"
-    return f"{text}; {percent_text(_tokens(pruned) / total)} went to {trials} pruned at a rung."
+    return f"{text}; {percent_text(_tokens(pruned) / total)} went to {trials} pruned."
 
 
 def token_grid(records: Sequence[TrialRecord]) -> Grid:
@@ -62,13 +62,13 @@ def token_grid(records: Sequence[TrialRecord]) -> Grid:
 
 
 def endings(records: Sequence[TrialRecord]) -> str:
-    """'22 complete, 4 pruned at a rung (after 25 % of full length 3, 50 % 1)'."""
+    """'22 complete, 4 pruned (after 25 % of full length 3, 50 % 1)'."""
     counts = Counter(record.outcome for record in records)
     told = []
     for outcome, number in sorted(counts.items()):
         told.append(f"{number} {outcome}")
         if outcome == "pruned":
-            told[-1] += f" at a rung{_shares(records)}"
+            told[-1] += _shares(records)
     return ", ".join(told)
 
 

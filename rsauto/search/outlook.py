@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rsauto.config import StudyConfig
@@ -50,7 +51,8 @@ def outlook(
     if not found:
         return None
     best = min(value for _, value in trials)
-    share = found[0].improvement / abs(best) if best else float("inf")
+    improvement = found[0].improvement
+    share = improvement / abs(best) if best else (math.inf if improvement else 0.0)
     base, slope = cost_of_ranks(
         [(r.rank, r.flops) for _, r, _ in complete if r.flops] or [(1, 1.0)]
     )

@@ -19,6 +19,7 @@ from rsauto.packing.layers import NotPackableError
 from rsauto.packing.optimizer import PackedOptimizer
 from rsauto.records import TrialSpec
 from rsauto.search import pack_memory
+from rsauto.search.agenda import num_searched
 from rsauto.search.setup import Setup
 from rsauto.training.loop import train
 from rsauto.training.member import Advance
@@ -110,7 +111,7 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> s
         return "packing.mode is off"
     if setup.spread.size > 1:
         return f"each is spread over {setup.spread.size} processes"
-    if len(specs) < 2:
+    if not specs or num_searched(setup.config) < 2:
         return "there are not two search trials to run"
     if specs[0].optimizer not in get_args(PackedOptimizer):
         return f"{specs[0].optimizer} is not packed; adamw and sgd are"

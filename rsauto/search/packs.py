@@ -108,9 +108,12 @@ class PackRun:
                 for advance in advances:
                     yield from self._take(advance)
                 if self.books.stop.requested:
-                    for running in self._running:
-                        self.books.abandon(running.entrant.trial)
-                    self.books.stop_if_asked()
+                    self._stop()
+
+    def _stop(self) -> None:
+        for running in self._running:
+            self.books.abandon(running.entrant.trial)
+        self.books.stop_if_asked()
 
     @property
     def _moving(self) -> list[_Running]:
@@ -149,6 +152,8 @@ class PackRun:
 
         As soon as all of the cohort have begun, and all that are in this pack stand at a rung.
         """
+        if self.books.stop.requested:
+            self._stop()  # half a cohort decides nothing
         for cohort in dict.fromkeys(cohort_of(r.member.spec) for r in self._at_rung):
             of_it = [r for r in self._running if cohort_of(r.member.spec) == cohort]
             group = [r for r in self._at_rung if cohort_of(r.member.spec) == cohort]

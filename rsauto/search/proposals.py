@@ -60,7 +60,13 @@ def may_search(config: StudyConfig, space: Space, history: History, objective: O
     """Whether trials and limits leave room for more than what is reserved for the end."""
     left = config.search.trials - num_begun(history)
     reserved = num_still_reserved(space, history, objective.lower_is_better)
-    return left > reserved and not leaves_no_room(config, history, reserved)
+    return left > reserved and not no_room_for(config, space, history, objective)
+
+
+def no_room_for(config: StudyConfig, space: Space, history: History, objective: Objective) -> bool:
+    """Whether search.max_tokens leaves room for the last trials alone."""
+    reserved = num_still_reserved(space, history, objective.lower_is_better)
+    return leaves_no_room(config, history, reserved)
 
 
 def _search_trial(

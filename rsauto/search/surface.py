@@ -65,9 +65,11 @@ def candidates(
     values = np.array([value for _, value in known])
     awaited = [p for spec in pending if (p := space.params(spec)) is not None]
     drawn = _drawn(distributions, np.random.default_rng([seed, len(trials), len(pending)]))
+    outside = [value for spec, value in trials if space.params(spec) is None]
     gain = _expected_improvement(
         at,
         values,
+        min(outside, default=math.inf),
         np.array([_scaled(p, distributions) for p in awaited]).reshape(-1, at.shape[1]),
         np.array([_scaled(p, distributions) for p in drawn]),
     )
@@ -78,9 +80,12 @@ def candidates(
 
 
 def _expected_improvement(
-    at: Numbers, values: Numbers, awaited: Numbers, where: Numbers
+    at: Numbers, values: Numbers, outside: float, awaited: Numbers, where: Numbers
 ) -> Numbers:
-    """EI at ``where`` (m, d) after ``values`` (n,) seen ``at`` (n, d), and others ``awaited``."""
+    """EI at ``where`` (m, d) after ``values`` (n,) seen ``at`` (n, d), and others ``awaited``.
+
+    ``outside`` is the least value of trials that do not lie in the space.
+    """
     from scipy.stats import norm
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -100,7 +105,7 @@ def _expected_improvement(
         process = GaussianProcessRegressor(process.kernel_, optimizer=None, normalize_y=True)
         process.fit(at, values)
     noise = float(process.kernel_.k2.noise_level) * float(values.std()) ** 2
-    best = float(process.predict(at).min())
+    best = min(float(process.predict(at).min()), outside)
     mean, deviation = process.predict(where, return_std=True)
     # Of the function itself: a repetition of the same point is no improvement.
     sigma = np.sqrt(np.maximum(deviation**2 - noise, 1e-18))

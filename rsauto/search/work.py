@@ -32,7 +32,7 @@ from rsauto.search.history import History, Settled
 from rsauto.search.limits import limit_reached
 from rsauto.search.pack_size import PackPlan, may_share, plan_packs
 from rsauto.search.packs import Entrant, PackRun
-from rsauto.search.proposals import REFERENCES, next_spec, reason_to_end_search
+from rsauto.search.proposals import REFERENCES, next_spec, no_room_for, reason_to_end_search
 from rsauto.search.setup import Setup, with_allowance
 from rsauto.search.solo import run_alone
 from rsauto.search.write_up import worker_name
@@ -180,6 +180,8 @@ class Work:
     def _why_no_more(self) -> str:
         """Why there is nothing left to propose."""
         space, history = self.setup.space, self.ledger.history()
+        if no_room_for(self.config, space, history, self.books.objective):
+            return f"search.max_tokens, {self.config.search.max_tokens:,}, leaves no room for more"
         ended = reason_to_end_search(self.config, space, history, self.books.objective)
         if ended is None:
             return "every point of the search space has been tried"
