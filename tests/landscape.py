@@ -13,7 +13,7 @@ import pytest
 from test_agenda import Records, SyntheticRun
 
 from rsauto.records import EvalPoint, TrialRecord, TrialSpec
-from rsauto.search import driver, pack_memory, packs
+from rsauto.search import pack_memory, packs, work
 from rsauto.search.agenda import num_settled
 from rsauto.search.pack_size import PackPlan
 from rsauto.search.packs import Entrant
@@ -131,7 +131,8 @@ class Landscape(SyntheticRun):
         self.begin = 0.0
         nothing = SimpleNamespace(
             write_records=lambda *_: None,
-            keep_adapters=lambda *_: None,
+            adapter_entries=list,
+            remove_adapters=lambda *_, **__: None,
             adapter=lambda *_: None,
             path="",
         )
@@ -160,7 +161,7 @@ class Landscape(SyntheticRun):
         monkeypatch.setattr(packs, "Pack", lambda *_, **__: MadeUpPack(self.bowl, self.chance))
         monkeypatch.setattr(packs, "packed_record", self.record)
         monkeypatch.setattr(pack_memory, "fits", lambda *_: True)
-        assert driver.pack_memory is pack_memory
+        assert work.pack_memory is pack_memory
         plan, put_back = PackPlan(size=size, can_hold=True), set[int]()
         count = 0
         while num_settled(self.ledger.settled()) < self.config.search.trials:
@@ -171,7 +172,7 @@ class Landscape(SyntheticRun):
             if not self._begins_pack(begun, plan, put_back):
                 self.end(begun)
                 continue
-            for _ in self._run_pack(None, plan, begun, put_back):  # type: ignore[arg-type]
+            for _ in self._run_pack(plan, begun, put_back):
                 count += 1
                 self.books.stop.requested = count >= self.stop_after
 

@@ -226,7 +226,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps, so the pattern is fixed after the fifth."""
     folder = tmp_path_factory.mktemp("adalora")
     values = study_values(
-        folder, strategy="tpe", method=["rslora", "rsadalora"], rank=[2, 4], trials=14, seeds=2,
+        folder, strategy="tpe", method=["rslora", "rsadalora"], rank=[2, 4], trials=18, seeds=2,
         pruner="none", min_improvement=0,
     )  # fmt: skip
     values["training"]["steps"] = 12

@@ -37,7 +37,7 @@ def cohort() -> list[TrialRecord]:
 def test_tokens_by_role_and_what_went_to_pruned_trials() -> None:
     # 3 x 100 k whole, 25 + 25 + 50 + 25 = 125 k pruned.
     assert token_note(cohort()) == (
-        "425 k tokens were trained on in all; 29 % went to 4 trials that were pruned at a rung."
+        "425 k tokens were trained on in all; 29 % went to 4 trials that were pruned."
     )
     assert token_grid(cohort()).rows == (
         ("default", "1", "0", "100 k", "24 %", "0 %"),
@@ -56,9 +56,7 @@ def test_nothing_pruned_and_nothing_trained() -> None:
 
 
 def test_how_trials_ended_by_rung() -> None:
-    assert endings(cohort()) == (
-        "3 complete, 1 infeasible, 4 pruned at a rung (3 after 25 %, 1 after 50 %)"
-    )
+    assert endings(cohort()) == ("3 complete, 1 infeasible, 4 pruned (3 after 25 %, 1 after 50 %)")
     assert endings(cohort()[:2]) == "2 complete" and endings([]) == ""
 
 
@@ -67,7 +65,7 @@ def test_pruned_trials_are_counted_and_are_never_the_best() -> None:
     verdict = judge(study_config(), cohort(), {})
     assert verdict.best is not None and verdict.best.number == 1
     assert (verdict.num_complete, verdict.num_pruned) == (3, 4)
-    assert tiles(verdict)[-1] == ("trials", "8", "3 finished at full length, 4 pruned at a rung")
+    assert tiles(verdict)[-1] == ("trials", "8", "3 finished at full length, 4 pruned")
     frame = rank_table(cohort(), verdict)
     rsl = frame[frame["method"] == "rslora"].set_index("rank")
     assert rsl["num_trials"].tolist() == [4, 1, 1, 1]
@@ -100,6 +98,6 @@ def test_the_report_says_why_the_search_ended_and_where_tokens_went(tmp_path: Pa
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "Why the search ended: no trial in 12 improved on &lt;the best&gt;." in text
-        assert "29 % went to 4 trials that were pruned at a rung" in text
+        assert "29 % went to 4 trials that were pruned" in text
         assert "Where the tokens went" in text
-        assert "4 pruned at a rung (3 after 25 %, 1 after 50 %)" in text
+        assert "4 pruned (3 after 25 %, 1 after 50 %)" in text
