@@ -29,7 +29,7 @@ from rsauto.search.workers import join_study
 
 Records = Callable[..., TrialRecord]
 
-TRIALS = 10
+TRIALS = 16
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,12 @@ def command_line(*arguments: str | Path, step_seconds: float = 0.1) -> subproces
         f"    time.sleep({step_seconds})\n"
         "    return real(*a)\n"
         "loop.accumulate_gradients = slow\n"
+        "from rsauto.training.packed import Pack\n"
+        "together = Pack.advance\n"
+        "def slow_together(pack):\n"
+        f"    time.sleep({step_seconds})\n"
+        "    return together(pack)\n"
+        "Pack.advance = slow_together\n"
         "from rsauto.cli import app\n"
         f"app({[str(argument) for argument in arguments]!r})\n"
     )

@@ -78,17 +78,17 @@ def _load(
     if spread.shards_base:
         # Before it is moved: the device then never holds more than a layer of it.
         spread.together(lambda: shard(found[0].model, device), in_step=True)
-        to_device(found[0].model, device)
+        spread.together(lambda: to_device(found[0].model, device).device.type, in_step=True)
     return found[0]
 
 
 def follow() -> None:
     """What every process but the first does in a study. Raises ProcessLost when that is gone."""
+    spread = join()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             # The launcher sends them to all processes; the first one stops the study in order.
             signal.signal(number, signal.SIG_IGN)
-    spread = join()
     follower = _Follower(spread)
     while (order := spread.hear()) is not None:
         try:

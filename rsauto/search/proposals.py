@@ -23,7 +23,7 @@ from rsauto.search.agenda import (
 from rsauto.search.history import History, Known
 from rsauto.search.limits import leaves_no_room
 from rsauto.search.objective import Objective
-from rsauto.search.outlook import Outlook, outlook
+from rsauto.search.outlook import outlook
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.space import Space
 from rsauto.search.transfer import narrowed, transfer_trial
@@ -139,13 +139,16 @@ def _last_trial(
     return next((s for s in seeds if (s.configuration(), s.seed) not in begun), None)
 
 
-def reason_to_end_search(
-    config: StudyConfig, space: Space, history: History, objective: Objective
-) -> Outlook | None:
-    """What ended the search before its trials were used up; None where that is not so."""
-    if not may_search(config, space, history, objective):
-        return None
+def why_no_more(config: StudyConfig, space: Space, history: History, objective: Objective) -> str:
+    """Why there is nothing left to propose, though there are trials left."""
+    if no_room_for(config, space, history, objective):
+        return f"search.max_tokens, {config.search.max_tokens:,}, leaves no room for more"
     if config.search.strategy == "transfer":
         space = narrowed(space, history.settled, objective.lower_is_better)
     found = outlook(config, space, Known(history.settled, ()), objective)
-    return found if found is not None and not found.is_worthwhile else None
+    if found is None or found.is_worthwhile:
+        return "every point of the search space has been tried"
+    return (
+        f"a further trial is expected to improve the best by {found.improvement:.2%}, "
+        f"less than search.min_improvement, {config.search.min_improvement:.2%}"
+    )

@@ -32,7 +32,7 @@ from rsauto.search.history import History, Settled
 from rsauto.search.limits import limit_reached
 from rsauto.search.pack_size import PackPlan, may_share, plan_packs
 from rsauto.search.packs import Entrant, PackRun
-from rsauto.search.proposals import REFERENCES, next_spec, no_room_for, reason_to_end_search
+from rsauto.search.proposals import REFERENCES, next_spec, why_no_more
 from rsauto.search.setup import Setup, with_allowance
 from rsauto.search.solo import run_alone
 from rsauto.search.write_up import worker_name
@@ -78,6 +78,7 @@ class Work:
         self.num_own = 0
         """Trials that this process has settled."""
         self.num_failures = 0
+        self._last_error: str | None = None
         self.allowance = Allowance()
         self._bench = bench
         self._between = between
@@ -113,7 +114,9 @@ class Work:
             if begun is None:
                 if not self._must_wait:
                     yield from self._news()
-                    return self._reason_to_end() or self._why_no_more()
+                    history, objective = self.ledger.history(), self.books.objective
+                    why = why_no_more(self.config, self.setup.space, history, objective)
+                    return self._reason_to_end() or why
                 yield from self._wait()
                 continue
             if packs is not None and self._begins_pack(begun, packs, put_back):
@@ -123,6 +126,7 @@ class Work:
                 run_alone(self.books, self._bench, begun.trial, begun.spec, begun.known)
             )
             self.num_failures = self.num_failures + 1 if record.outcome == "failed" else 0
+            self._last_error = record.error
             yield from self._news(ran=record.number)
             yield from self.raise_allowance()
 
@@ -149,6 +153,7 @@ class Work:
         yield from self._news()
 
     def _wait(self) -> Iterator[Event]:
+        self.setup.spread.tell("wait")  # processes that follow take silence for death
         end = time.monotonic() + self._poll_seconds
         while time.monotonic() < end:
             self.books.stop_if_asked()
@@ -177,26 +182,13 @@ class Work:
         ended: str | None = self.ledger.attributes().get("ended") if self.is_shared else None
         return ended
 
-    def _why_no_more(self) -> str:
-        """Why there is nothing left to propose."""
-        space, history = self.setup.space, self.ledger.history()
-        if no_room_for(self.config, space, history, self.books.objective):
-            return f"search.max_tokens, {self.config.search.max_tokens:,}, leaves no room for more"
-        ended = reason_to_end_search(self.config, space, history, self.books.objective)
-        if ended is None:
-            return "every point of the search space has been tried"
-        least = self.config.search.min_improvement
-        return (
-            f"a further trial is expected to improve the best by {ended.improvement:.2%}, "
-            f"less than search.min_improvement, {least:.2%}"
-        )
-
     def _device_seconds(self) -> float:
         """How long all processes of all runs have held their devices; this one says so, too."""
         if self.config.search.max_gpu_hours is None:
             return 0.0
         own = f"device_seconds:{worker_name()}:{self._begin_time:.0f}"
-        self.ledger.set_attribute(own, time.monotonic() - self._begin_time)
+        held = (time.monotonic() - self._begin_time) * self.setup.spread.size
+        self.ledger.set_attribute(own, held)
         known = self.ledger.attributes()
         return sum(float(v) for name, v in known.items() if name.startswith("device_seconds:"))
 
@@ -391,7 +383,7 @@ class Work:
             return
         settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
         self.books.write_unfinished_report()
-        message = f"{limit} trials in a row failed, the last with: {settled[-1].error}."
+        message = f"{limit} trials in a row failed, the last with: {self._last_error}."
         if all(r.outcome == "failed" for r in settled):
             raise AllTrialsFailedError(f"{message} No trial gave a result.")
         raise StudyInterrupted(f"{message} The same command continues after it is mended.")
