@@ -23,8 +23,8 @@ from torch import nn
 from rsauto.api import run_study
 from rsauto.errors import InputError
 from rsauto.launched import is_follower, num_processes
-from rsauto.search.storage import open_storage
 from rsauto.search.setup import Objects, Setup, set_up
+from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 from rsauto.training.spread import Spread, _buckets, join
 

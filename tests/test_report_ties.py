@@ -39,15 +39,15 @@ def test_quantiles_of_several_comparisons() -> None:
     assert t_quantile(1, 5) == pytest.approx(63.657, abs=5e-3)
     assert t_quantile(6, 2) == pytest.approx(2.969, abs=5e-4)
     assert t_quantile(200, 5) == pytest.approx(2.601, abs=5e-4)
-    assert t_quantile(6, 1) == 2.447
+    assert t_quantile(6, 1) == pytest.approx(2.4469118488)
     with pytest.raises(ValueError, match="num_comparisons"):
         t_quantile(6, 0)
 
 
 def test_intervals_of_a_mean_and_of_several_differences() -> None:
     noise = Noise(pooled_deviation=SPREAD, degrees_of_freedom=6, num_configurations=3)
-    assert noise.mean_half_width(3) == pytest.approx(2.447 * SPREAD / math.sqrt(3))
-    assert noise.half_width(3, 3) == pytest.approx(2.447 * SPREAD * math.sqrt(2 / 3))
+    assert noise.mean_half_width(3) == pytest.approx(2.4469118488 * SPREAD / math.sqrt(3))
+    assert noise.half_width(3, 3) == pytest.approx(2.4469118488 * SPREAD * math.sqrt(2 / 3))
     assert noise.half_width(3, 3, 2) == pytest.approx(2.9687 * SPREAD * math.sqrt(2 / 3), rel=1e-4)
     with pytest.raises(ValueError, match="a mean needs a seed"):
         noise.mean_half_width(0)
@@ -58,7 +58,7 @@ def test_two_ranks_in_the_noise_are_not_ranked_and_the_cheaper_saves() -> None:
     assert verdict.best is not None and verdict.best.rank == 128
     assert verdict.recommended is not None and verdict.recommended.rank == 64
     assert [s.record.rank for s in verdict.ties] == [64, 128]
-    half_width = 2.776 * SPREAD * math.sqrt(2 / 3)
+    half_width = 2.7764451052 * SPREAD * math.sqrt(2 / 3)
     assert verdict.tie_half_width == pytest.approx(half_width)
     assert verdict.sentences[1] == (
         "Rank 64 and rank 128 cannot be told apart at this noise: they differ by 0.020 ± 0.045; "
@@ -69,7 +69,7 @@ def test_two_ranks_in_the_noise_are_not_ranked_and_the_cheaper_saves() -> None:
 
 def test_the_mean_is_told_with_its_interval() -> None:
     verdict = judge(study_config(), [*repeated(0, 128, 1.5), *repeated(3, 64, 1.0)], {})
-    half_width = 2.776 * SPREAD / math.sqrt(3)
+    half_width = 2.7764451052 * SPREAD / math.sqrt(3)
     assert verdict.standings["recommended"].half_width == pytest.approx(half_width)
     assert (
         "its eval loss 1.000 ± 0.032 (mean of 3 seeds) is the best mean found" in verdict.sentence
@@ -152,7 +152,7 @@ def test_single_runs_beside_a_repeated_default() -> None:
     tuned = [default(n, 2.0 + step, seed=n) for n, step in enumerate((-0.02, 0.0, 0.02))]
     singles = [searched(5, 128, 1.0), searched(6, 64, 1.1), searched(7, 16, 1.2)]
     verdict = judge(study_config(), [*tuned, *singles], {})
-    half_width = 4.303 * SPREAD * math.sqrt(2)
+    half_width = 4.3026527297 * SPREAD * math.sqrt(2)
     assert verdict.candidate_seeds == 1
     assert verdict.tie_half_width == pytest.approx(half_width)
     assert [s.record.rank for s in verdict.ties] == [64, 128]
@@ -168,7 +168,7 @@ def test_the_rank_table_shows_intervals_and_ties() -> None:
     ]  # fmt: skip
     verdict = judge(study_config(), records, {})
     frame = rank_table(records, verdict).set_index("rank")
-    assert frame.loc[64, "half_width"] == pytest.approx(2.447 * SPREAD / math.sqrt(3))
+    assert frame.loc[64, "half_width"] == pytest.approx(2.4469118488 * SPREAD / math.sqrt(3))
     assert pd.isna(frame.loc[16, "half_width"]) and pd.isna(frame.loc[16, "is_tied"])
     assert frame.loc[[4, 64, 128], "is_tied"].tolist() == [False, True, True]
     grid = rank_grid(frame.reset_index(), verdict)
