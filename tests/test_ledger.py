@@ -279,3 +279,14 @@ def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
     found = ledger.begin(lambda: spec_of(32))
     assert found is not None and found[1].rank == 32
     assert all(trial.spec.rank in (4, 32) for trial in ledger.history().trials)
+
+
+def test_half_a_line_is_cut_off_while_others_have_the_journal_open(tmp_path: Path) -> None:
+    """The disk of one was full in the middle of a line; the next to write is another."""
+    one, other = journal_ledger(tmp_path), journal_ledger(tmp_path)
+    one.begin_new(spec_of(4))
+    with open(tmp_path / "journal.log", "ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"full')
+    other.begin_new(spec_of(8))
+    for ledger in (one, other, journal_ledger(tmp_path)):
+        assert [spec.rank for spec in ledger.unfinished_specs()] == [4, 8]
