@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from test_ledger import config_of, journal_ledger, settle, spec_of
 from test_workers_postgres import check_books, command_line, wait_for
@@ -99,6 +100,33 @@ def test_an_orphan_put_back_by_two_is_run_once(
     assert sum(found is not None for found in begun) == 1
     assert len(one.history().trials) == 1
     assert all(t.state != TrialState.WAITING for t in one.study.trials)
+
+
+def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answer_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    trial, spec = ledger.begin_new(spec_of(4))
+    ledger.abandon(trial, spec)
+    real, answers = ledger._storage.set_trial_state_values, iter([False, True])
+
+    def write(*arguments: Any) -> bool:
+        if not next(answers, True):
+            raise StorageInternalError("no answer")
+        return real(*arguments)
+
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", write)
+    ledger._put_back(trial.number, spec)
+    assert ledger.study.trials[2].state == TrialState.FAIL
+    assert ledger.unfinished_specs() == [spec_of(4, retry_of=0)]
+
+
+def test_an_attempt_is_known_by_its_token_when_it_has_been_retried(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    trial, spec = ledger.begin_new(spec_of(4))
+    ledger.abandon(trial, spec)
+    found = ledger.attempts().with_token(trial.user_attrs["token"])
+    assert found is not None and found.number == 0
 
 
 def test_a_trial_given_up_but_not_put_back_is_found(tmp_path: Path) -> None:

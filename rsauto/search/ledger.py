@@ -188,7 +188,7 @@ class Ledger:
         )
         added = self._add(template)
         self._pulse.add(added.trial_id)
-        return optuna.Trial(self.study, added.trial_id), spec
+        return patiently(partial(optuna.Trial, self.study, added.trial_id)), spec
 
     def _add(self, template: FrozenTrial) -> Attempt:
         """Adds an attempt; its token tells whether that was done although no answer came."""
@@ -340,6 +340,14 @@ class Ledger:
         )
         added = self._add(template)
         if self._last_read.is_doubled(added.number):
-            with suppress(UpdateFinishedTrialError):
-                self._storage.set_trial_user_attr(added.trial_id, "withdrawn", True)
-                self._storage.set_trial_state_values(added.trial_id, TrialState.FAIL)
+            self._withdraw_waiting(added.trial_id)
+
+    def _withdraw_waiting(self, trial_id: int) -> None:
+        """`_withdraw` for a trial that nobody has begun, which Optuna's `tell` does not take."""
+
+        def write() -> None:
+            self._storage.set_trial_user_attr(trial_id, "withdrawn", True)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+        with suppress(UpdateFinishedTrialError):
+            patiently(write)
