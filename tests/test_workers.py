@@ -87,11 +87,11 @@ def test_an_orphan_put_back_by_two_is_run_once(
     trial, _ = one.begin_new(spec_of(4))
     real = Ledger._put_back
 
-    def slow(ledger: Ledger, number: int, spec: TrialSpec) -> None:
+    def slow(ledger: Ledger, number: int, spec: TrialSpec, deaths: int) -> None:
         """Between failing the orphan and putting it back, another process finds it lost."""
         monkeypatch.setattr(Ledger, "_put_back", real)
         assert other.recover_orphans(is_alone=True) == 1
-        ledger._put_back(number, spec)
+        ledger._put_back(number, spec, deaths)
 
     monkeypatch.setattr(Ledger, "_put_back", slow)
     one.recover_orphans()
@@ -100,6 +100,26 @@ def test_an_orphan_put_back_by_two_is_run_once(
     assert sum(found is not None for found in begun) == 1
     assert len(one.history().trials) == 1
     assert all(t.state != TrialState.WAITING for t in one.study.trials)
+
+
+def test_a_trial_of_which_three_processes_died_is_not_run_again(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    assert ledger.begin(lambda: spec_of(4)) is not None
+    for put_back in (1, 1, 0):
+        assert ledger.recover_orphans() == put_back
+        # Given up on request in between, which counts for nothing.
+        if put_back:
+            begun = ledger.begin(lambda: None)
+            assert begun is not None
+            ledger.abandon(*begun)
+            assert ledger.begin(lambda: None) is not None
+    (record,) = ledger.records()
+    assert (record.number, record.outcome, record.rank) == (4, "failed", 4)
+    assert record.error == "its process died 3 times"
+    assert record.worker is not None and record.worker.endswith(f":{os.getpid()}")
+    assert ledger.study.trials[4].state == TrialState.FAIL
+    assert ledger.unfinished_specs() == []
+    assert ledger.recover_orphans(is_alone=True) == 0, "it is settled, not lost"
 
 
 def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answer_at_first(

@@ -40,6 +40,8 @@ class Attempt:
     unseen: int | None
     """Trials from this number on were not known when it was proposed."""
     is_withdrawn: bool
+    deaths: int
+    """Processes that died of earlier attempts."""
     point: tuple[Any, ...]
 
     @classmethod
@@ -59,6 +61,7 @@ class Attempt:
             token=known.get("token"),
             unseen=known.get("unseen"),
             is_withdrawn=bool(known.get("withdrawn")),
+            deaths=known.get("deaths", 0),
             point=point(spec),
         )
 
