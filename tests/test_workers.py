@@ -23,6 +23,7 @@ from rsauto import launch
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search.folder import StudyFolder
+from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import JournalUsers, driver_url, open_storage
 from rsauto.search.workers import join_study
@@ -300,6 +301,19 @@ def test_a_worker_stops_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch)
 def test_no_study_folder_no_worker(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no study folder with a journal"):
         join_study(str(tmp_path))
+
+
+def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    stored = config_of().model_dump(mode="json")
+    stored["search"]["of_tomorrow"] = 1
+    ledger.set_attribute("config", stored)
+    for refused in (
+        lambda: join_study(str(tmp_path)),
+        lambda: claim(ledger, config_of(), {}, 1, StudyFolder(tmp_path)),
+    ):
+        with pytest.raises(InputError, match="another version of rsauto.*search.of_tomorrow"):
+            refused()
 
 
 def workers_of(host: subprocess.Popen[str]) -> list[int]:

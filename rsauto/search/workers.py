@@ -27,7 +27,7 @@ from rsauto.search.books import AdapterFolder, WorkersBooks
 from rsauto.search.driver import disk_errors
 from rsauto.search.events import Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
-from rsauto.search.identity import fingerprints_of, require_equal_inputs
+from rsauto.search.identity import fingerprints_of, require_equal_inputs, stored_config
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
@@ -94,7 +94,7 @@ def _joined(
             f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
             f"study with --storage {where} first."
         )
-    return Joined(where, ledger, StudyConfig.model_validate(stored), users)
+    return Joined(where, ledger, stored_config(stored, where), users)
 
 
 def worker_events(joined: Joined, *, stop: StopFlag | None = None) -> Iterator[Event]:
@@ -156,7 +156,7 @@ class WorkerRun:
         """The study as its storage has it now: whoever holds the folder may have widened it."""
         attributes = self.ledger.attributes()
         self.stored = attributes["config"]
-        config = StudyConfig.model_validate(self.stored)
+        config = stored_config(self.stored, self.joined.where)
         if config.memory_budget != "auto":
             return set_up(config)
         # A plan is for one budget, that of the device on which the study was begun.
