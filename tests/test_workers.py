@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from test_ledger import config_of, journal_ledger, settle, spec_of
@@ -22,12 +23,14 @@ from tiny_study import records, write_study
 from rsauto import launch
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search import workers
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import JournalUsers, driver_url, open_storage
-from rsauto.search.workers import join_study
+from rsauto.search.workers import join_study, worker_events
 from rsauto.stop import StopFlag
+from rsauto.study_file import validate
 
 Records = Callable[..., TrialRecord]
 
@@ -312,8 +315,22 @@ def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
         lambda: join_study(str(tmp_path)),
         lambda: claim(ledger, config_of(), {}, 1, StudyFolder(tmp_path)),
     ):
-        with pytest.raises(InputError, match="another version of rsauto.*search.of_tomorrow"):
+        with pytest.raises(InputError, match=r"another version of rsauto.*search.of_tomorrow"):
             refused()
+
+
+@pytest.mark.parametrize("budget", ["auto", "24GiB"])
+def test_a_worker_whose_gpu_is_smaller_than_the_budget_is_refused(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = validate({"name": "tiny", "memory_budget": budget})
+    ledger = journal_ledger(tmp_path)
+    ledger.set_attribute("memory_budget_bytes", 24 * 2**30)
+    ledger.set_attribute("config", config.model_dump(mode="json"))
+    monkeypatch.setattr(workers, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(workers, "device_bytes", lambda device: 16 * 2**30)
+    with pytest.raises(InputError, match=r"memory_budget: .*24.* GiB, and the device here 16"):
+        list(worker_events(join_study(str(tmp_path))))
 
 
 def workers_of(host: subprocess.Popen[str]) -> list[int]:

@@ -19,6 +19,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
+from rsauto.base import pick_device
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError, nearest
 from rsauto.search.agenda import num_settled
@@ -157,19 +158,26 @@ class WorkerRun:
         attributes = self.ledger.attributes()
         self.stored = attributes["config"]
         config = stored_config(self.stored, self.joined.where)
-        if config.memory_budget != "auto":
-            return set_up(config)
-        # A plan is for one budget, that of the device on which the study was begun.
-        budget = attributes["memory_budget_bytes"]
-        setup = set_up(config.model_copy(update={"memory_budget": budget}))
-        has = device_bytes(setup.device)
-        if setup.device.type == "cuda" and has < budget:
-            raise InputError(
-                f"memory_budget: the study was begun on a device of {bytes_text(budget)}, and the "
-                f"one here has {bytes_text(has)}. Give memory_budget in the study file, so that "
-                "every worker can hold it."
-            )
-        return setup
+        if config.memory_budget == "auto":
+            # A plan is for one budget, that of the device on which the study was begun.
+            budget = attributes["memory_budget_bytes"]
+            _require_room(budget, "the device on which the study was begun")
+            config = config.model_copy(update={"memory_budget": budget})
+        else:
+            _require_room(config.memory_budget, "the study")
+        return set_up(config)
+
+
+def _require_room(budget: int, whose: str) -> None:
+    """Raises InputError where this process's GPU is smaller than the ``budget`` in bytes."""
+    device = pick_device()
+    has = device_bytes(device)
+    if device.type == "cuda" and has < budget:
+        raise InputError(
+            f"memory_budget: {whose} has {bytes_text(budget)}, and the device here "
+            f"{bytes_text(has)}. Start the worker on a larger one, or give the study file a "
+            "memory_budget that every worker can hold."
+        )
 
 
 def _adapter_folder(ledger: Ledger) -> AbstractContextManager[tuple[AdapterFolder, bool]]:
