@@ -24,6 +24,7 @@ from rsauto import launch
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import workers
+from rsauto.search.events import StudyEnded
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
@@ -317,6 +318,23 @@ def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=r"another version of rsauto.*search.of_tomorrow"):
             refused()
+
+
+def test_a_study_that_its_host_only_just_begins_is_not_joined_yet(tmp_path: Path) -> None:
+    open_storage(None, tmp_path / "journal.log")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"only just being begun by its host\. Try again"):
+            join_study(str(tmp_path))
+        journal_ledger(tmp_path)
+
+
+def test_a_finished_study_needs_no_worker_and_no_model(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.set_attribute("config", config_of().model_dump(mode="json"))
+    ledger.set_attribute("ended", "every trial is done")
+    (event,) = worker_events(join_study(str(tmp_path)))
+    assert isinstance(event, StudyEnded)
+    assert event.reason.startswith("the study is finished (every trial is done)")
 
 
 @pytest.mark.parametrize("budget", ["auto", "24GiB"])

@@ -73,7 +73,9 @@ def join_study(target: str, name: str | None = None) -> Joined:
     users.join()
     storage = open_storage(None, folder.journal_file)
     names = optuna.get_all_study_names(storage)
-    return _joined(target, storage, name or (names[0] if names else None), users)
+    if not names:
+        raise _only_just_begun(target)
+    return _joined(target, storage, name or names[0], users)
 
 
 def _joined(
@@ -91,11 +93,19 @@ def _joined(
     ledger = Ledger.join(storage, name)
     stored = ledger.attributes().get("config")
     if stored is None:
+        if users is not None:
+            raise _only_just_begun(where)
         raise InputError(
             f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
             f"study with --storage {where} first."
         )
     return Joined(where, ledger, stored_config(stored, where), users)
+
+
+def _only_just_begun(folder: str) -> InputError:
+    return InputError(
+        f"{folder}: the study is only just being begun by its host. Try again in a moment."
+    )
 
 
 def worker_events(joined: Joined, *, stop: StopFlag | None = None) -> Iterator[Event]:
@@ -125,6 +135,11 @@ class WorkerRun:
 
     def events(self, is_shared: bool) -> Iterator[Event]:
         """Everything from reading the data to the study's end."""
+        ended = self.ledger.attributes().get("ended")
+        if ended is not None:
+            said = f"the study is finished ({ended}); nothing is left for a worker"
+            yield StudyEnded(self.folder.path, time.monotonic() - self.begin, said)
+            return
         yield Stage("reading model and data")
         setup = self._set_up()
         yield Planned(setup)
