@@ -287,6 +287,24 @@ def test_each_worker_has_a_gpu_or_a_share_of_the_cores(monkeypatch: pytest.Monke
     assert on_cores._environment(2)["OMP_NUM_THREADS"] == "4"
 
 
+def test_ray_on_one_machine_gives_no_worker_the_card_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray", reason="ray is missing: pip install 'rsauto[ray]'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="Give --workers 2 at most"):
+        launch.RayCrew(3, ["4", "5"])._connect(ray)
+    launch.RayCrew(2, ["4", "5"])._connect(ray)
+    try:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+        assert ray.cluster_resources()["GPU"] == 1
+        task = ray.remote(num_gpus=1)(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert ray.get(task.remote(), timeout=60) == "5"
+    finally:
+        ray.shutdown()
+
+
 def test_a_worker_stops_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopFlag()
     monkeypatch.setenv(launch.WITH_PARENT, str(os.getppid()))
