@@ -119,10 +119,11 @@ class LocalCrew:
 class RayCrew:
     """Workers placed by Ray, each in a task of its own, on whatever node has room."""
 
-    def __init__(self, num_processes: int, *, has_gpus: bool) -> None:
+    def __init__(self, num_processes: int, devices: Sequence[str] = ()) -> None:
+        """``devices`` are this host's GPUs, this process's own first; none on a CPU."""
         self.num_processes = num_processes
         self.num_on_this_host = 1  # where the others will be is for Ray to say
-        self.has_gpus = has_gpus
+        self.devices = tuple(devices)
         self._tasks: dict[int, Any] = {}
         self._is_ours = False
 
@@ -132,14 +133,45 @@ class RayCrew:
         if self._is_ours:
             # Ray takes SIGTERM for itself, by which a study is asked to stop.
             handler = signal.getsignal(signal.SIGTERM)
-            ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
-            signal.signal(signal.SIGTERM, handler)
-        needs: dict[str, float] = {"num_gpus": 1} if self.has_gpus else {"num_cpus": 1}
+            try:
+                self._connect(ray)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        needs: dict[str, float] = {"num_gpus": 1} if self.devices else {"num_cpus": 1}
         task = ray.remote(max_retries=0, **needs)(run_worker)
         command = worker_command(study, storage, folder)[1:]
         for k in range(2, self.num_processes + 1):
             self._tasks[k] = task.remote(command)
         return f"{self.num_processes} workers, this one and {self.num_processes - 1} placed by Ray"
+
+    def _connect(self, ray: Any) -> None:
+        """To the cluster there is, or to one of this host's GPUs but the one of this process.
+
+        Raises InputError where such a cluster has too few of them.
+        """
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        if not self.devices or os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+            return
+        others, own = self.devices[1:], os.environ.get("CUDA_VISIBLE_DEVICES")
+        # Ray numbers the GPUs of a node as this names them when the node is started.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(others)
+        try:
+            ray.init(num_gpus=len(others), **quiet)
+        except ValueError:  # a cluster that is there has the GPUs it was started with
+            ray.init(**quiet)
+            return
+        finally:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            if own is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = own
+        if len(others) < self.num_processes - 1:
+            ray.shutdown()
+            raise InputError(
+                f"--workers {self.num_processes}: there is no Ray cluster here, and this machine "
+                f"has {len(self.devices)} GPUs, one of them for this process. Give --workers "
+                f"{len(self.devices)} at most, or set RAY_ADDRESS to a cluster."
+            )
 
     def notices(self) -> list[str]:
         ray = import_module("ray")
@@ -195,7 +227,7 @@ def crew_of(num_processes: int, launcher: str, storage: str | None) -> Crew:
         raise InputError(f"--launcher {launcher}: must be local or ray.")
     if launcher == "ray":
         _check_ray(storage)
-        return RayCrew(num_processes, has_gpus=bool(visible_gpus()))
+        return RayCrew(num_processes, visible_gpus())
     if num_processes == 1:
         return NoCrew()
     devices = visible_gpus()

@@ -21,7 +21,7 @@ from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import ledger as ledger_module
 from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger
-from rsauto.search.liveness import this_worker, worker_lives
+from rsauto.search.liveness import born, this_worker, worker_lives
 from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 
@@ -202,7 +202,7 @@ def test_trials_of_a_living_process_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = psutil.Process(os.getppid())
-    worker = {**this_worker(), "pid": other.pid, "born": other.create_time()}
+    worker = {**this_worker(), "pid": other.pid, "born": born(other.pid)}
     with monkeypatch.context() as patch:
         patch.setattr(ledger_module, "this_worker", lambda: worker)
         journal_ledger(tmp_path).begin_new(spec_of(4))
@@ -213,13 +213,24 @@ def test_trials_of_a_living_process_are_left_alone(
 
 def test_a_worker_lives_while_its_process_does() -> None:
     parent = psutil.Process(os.getppid())
-    living = {**this_worker(), "pid": parent.pid, "born": parent.create_time()}
+    living = {**this_worker(), "pid": parent.pid, "born": born(parent.pid)}
     assert worker_lives(living)
-    assert not worker_lives({**living, "born": parent.create_time() - 100}), "the pid was reused"
+    assert not worker_lives({**living, "born": "another boot:1"}), "the pid was reused"
     assert not worker_lives({**living, "pid": 2**22 + 1}), "no such process"
     assert not worker_lives(this_worker()), "an own trial is left from an earlier call"
     assert not worker_lives(None)
     assert worker_lives({"host": "another-host", "pid": 1, "born": 0.0}), "cannot be known"
+
+
+def test_a_worker_lives_on_when_the_system_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("only Linux counts from its boot")
+    parent, own = os.getppid(), this_worker()
+    living = {**own, "pid": parent, "born": born(parent)}
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: real(process) + 3600)
+    assert worker_lives(living)
+    assert this_worker() == own
 
 
 @pytest.mark.parametrize(
@@ -279,3 +290,14 @@ def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
     found = ledger.begin(lambda: spec_of(32))
     assert found is not None and found[1].rank == 32
     assert all(trial.spec.rank in (4, 32) for trial in ledger.history().trials)
+
+
+def test_half_a_line_is_cut_off_while_others_have_the_journal_open(tmp_path: Path) -> None:
+    """The disk of one was full in the middle of a line; the next to write is another."""
+    one, other = journal_ledger(tmp_path), journal_ledger(tmp_path)
+    one.begin_new(spec_of(4))
+    with open(tmp_path / "journal.log", "ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"full')
+    other.begin_new(spec_of(8))
+    for ledger in (one, other, journal_ledger(tmp_path)):
+        assert [spec.rank for spec in ledger.unfinished_specs()] == [4, 8]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from test_ledger import config_of, journal_ledger, settle, spec_of
 from test_workers_postgres import check_books, command_line, wait_for
@@ -21,11 +23,15 @@ from tiny_study import records, write_study
 from rsauto import launch
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search import workers
+from rsauto.search.events import StudyEnded
 from rsauto.search.folder import StudyFolder
+from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import JournalUsers, driver_url, open_storage
-from rsauto.search.workers import join_study
+from rsauto.search.workers import join_study, worker_events
 from rsauto.stop import StopFlag
+from rsauto.study_file import validate
 
 Records = Callable[..., TrialRecord]
 
@@ -86,11 +92,11 @@ def test_an_orphan_put_back_by_two_is_run_once(
     trial, _ = one.begin_new(spec_of(4))
     real = Ledger._put_back
 
-    def slow(ledger: Ledger, number: int, spec: TrialSpec) -> None:
+    def slow(ledger: Ledger, number: int, spec: TrialSpec, deaths: int) -> None:
         """Between failing the orphan and putting it back, another process finds it lost."""
         monkeypatch.setattr(Ledger, "_put_back", real)
         assert other.recover_orphans(is_alone=True) == 1
-        ledger._put_back(number, spec)
+        ledger._put_back(number, spec, deaths)
 
     monkeypatch.setattr(Ledger, "_put_back", slow)
     one.recover_orphans()
@@ -99,6 +105,53 @@ def test_an_orphan_put_back_by_two_is_run_once(
     assert sum(found is not None for found in begun) == 1
     assert len(one.history().trials) == 1
     assert all(t.state != TrialState.WAITING for t in one.study.trials)
+
+
+def test_a_trial_of_which_three_processes_died_is_not_run_again(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    assert ledger.begin(lambda: spec_of(4)) is not None
+    for put_back in (1, 1, 0):
+        assert ledger.recover_orphans() == put_back
+        # Given up on request in between, which counts for nothing.
+        if put_back:
+            begun = ledger.begin(lambda: None)
+            assert begun is not None
+            ledger.abandon(*begun)
+            assert ledger.begin(lambda: None) is not None
+    (record,) = ledger.records()
+    assert (record.number, record.outcome, record.rank) == (4, "failed", 4)
+    assert record.error == "its process died 3 times"
+    assert record.worker is not None and record.worker.endswith(f":{os.getpid()}")
+    assert ledger.study.trials[4].state == TrialState.FAIL
+    assert ledger.unfinished_specs() == []
+    assert ledger.recover_orphans(is_alone=True) == 0, "it is settled, not lost"
+
+
+def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answer_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = journal_ledger(tmp_path)
+    trial, spec = ledger.begin_new(spec_of(4))
+    ledger.abandon(trial, spec)
+    real, answers = ledger._storage.set_trial_state_values, iter([False, True])
+
+    def write(*arguments: Any) -> bool:
+        if not next(answers, True):
+            raise StorageInternalError("no answer")
+        return real(*arguments)
+
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", write)
+    ledger._put_back(trial.number, spec)
+    assert ledger.study.trials[2].state == TrialState.FAIL
+    assert ledger.unfinished_specs() == [spec_of(4, retry_of=0)]
+
+
+def test_an_attempt_is_known_by_its_token_when_it_has_been_retried(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    trial, spec = ledger.begin_new(spec_of(4))
+    ledger.abandon(trial, spec)
+    found = ledger.attempts().with_token(trial.user_attrs["token"])
+    assert found is not None and found.number == 0
 
 
 def test_a_trial_given_up_but_not_put_back_is_found(tmp_path: Path) -> None:
@@ -234,6 +287,24 @@ def test_each_worker_has_a_gpu_or_a_share_of_the_cores(monkeypatch: pytest.Monke
     assert on_cores._environment(2)["OMP_NUM_THREADS"] == "4"
 
 
+def test_ray_on_one_machine_gives_no_worker_the_card_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray", reason="ray is missing: pip install 'rsauto[ray]'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="Give --workers 2 at most"):
+        launch.RayCrew(3, ["4", "5"])._connect(ray)
+    launch.RayCrew(2, ["4", "5"])._connect(ray)
+    try:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+        assert ray.cluster_resources()["GPU"] == 1
+        task = ray.remote(num_gpus=1)(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert ray.get(task.remote(), timeout=60) == "5"
+    finally:
+        ray.shutdown()
+
+
 def test_a_worker_stops_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopFlag()
     monkeypatch.setenv(launch.WITH_PARENT, str(os.getppid()))
@@ -252,6 +323,50 @@ def test_a_worker_stops_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch)
 def test_no_study_folder_no_worker(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no study folder with a journal"):
         join_study(str(tmp_path))
+
+
+def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    stored = config_of().model_dump(mode="json")
+    stored["search"]["of_tomorrow"] = 1
+    ledger.set_attribute("config", stored)
+    for refused in (
+        lambda: join_study(str(tmp_path)),
+        lambda: claim(ledger, config_of(), {}, 1, StudyFolder(tmp_path)),
+    ):
+        with pytest.raises(InputError, match=r"another version of rsauto.*search.of_tomorrow"):
+            refused()
+
+
+def test_a_study_that_its_host_only_just_begins_is_not_joined_yet(tmp_path: Path) -> None:
+    open_storage(None, tmp_path / "journal.log")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"only just being begun by its host\. Try again"):
+            join_study(str(tmp_path))
+        journal_ledger(tmp_path)
+
+
+def test_a_finished_study_needs_no_worker_and_no_model(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.set_attribute("config", config_of().model_dump(mode="json"))
+    ledger.set_attribute("ended", "every trial is done")
+    (event,) = worker_events(join_study(str(tmp_path)))
+    assert isinstance(event, StudyEnded)
+    assert event.reason.startswith("the study is finished (every trial is done)")
+
+
+@pytest.mark.parametrize("budget", ["auto", "24GiB"])
+def test_a_worker_whose_gpu_is_smaller_than_the_budget_is_refused(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = validate({"name": "tiny", "memory_budget": budget})
+    ledger = journal_ledger(tmp_path)
+    ledger.set_attribute("memory_budget_bytes", 24 * 2**30)
+    ledger.set_attribute("config", config.model_dump(mode="json"))
+    monkeypatch.setattr(workers, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(workers, "device_bytes", lambda device: 16 * 2**30)
+    with pytest.raises(InputError, match=r"memory_budget: .*24.* GiB, and the device here 16"):
+        list(worker_events(join_study(str(tmp_path))))
 
 
 def workers_of(host: subprocess.Popen[str]) -> list[int]:

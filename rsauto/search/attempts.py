@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -41,6 +40,8 @@ class Attempt:
     unseen: int | None
     """Trials from this number on were not known when it was proposed."""
     is_withdrawn: bool
+    deaths: int
+    """Processes that died of earlier attempts."""
     point: tuple[Any, ...]
 
     @classmethod
@@ -60,6 +61,7 @@ class Attempt:
             token=known.get("token"),
             unseen=known.get("unseen"),
             is_withdrawn=bool(known.get("withdrawn")),
+            deaths=known.get("deaths", 0),
             point=point(spec),
         )
 
@@ -82,16 +84,19 @@ class Attempts:
         self._first: dict[int, Attempt] = {}
         self._latest: dict[int, Attempt] = {}
         self._retried: set[int] = set()
-        self._doubled: dict[int, Attempt] = {}
+        self._doubled: set[int] = set()
+        self._by_token: dict[str, Attempt] = {}
         for attempt in attempts:
             self._add(attempt)
 
     def _add(self, attempt: Attempt) -> None:
         number, retried = attempt.number, attempt.begun.spec.retry_of
+        if attempt.token is not None:
+            self._by_token[attempt.token] = attempt
         root = number if retried is None else self._roots.get(retried, retried)
         self._roots[number] = root
         if retried is not None and retried in self._retried:
-            self._doubled[number] = attempt
+            self._doubled.add(number)
             return
         if retried is not None:
             self._retried.add(retried)
@@ -152,6 +157,5 @@ class Attempts:
         return limit is not None and num_before >= limit
 
     def with_token(self, token: str) -> Attempt | None:
-        """The attempt that was begun with this token."""
-        found = chain(reversed(self._latest.values()), self._doubled.values())
-        return next((attempt for attempt in found if attempt.token == token), None)
+        """The attempt that was added with this token, though it may have been retried since."""
+        return self._by_token.get(token)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+from pydantic import ValidationError
 
 from rsauto.config import StudyConfig, differences
 from rsauto.data import fingerprint
@@ -26,7 +29,7 @@ def claim(
     """
     stored = ledger.attributes()
     if "config" in stored:
-        changed = differences(StudyConfig.model_validate(stored["config"]), config)
+        changed = differences(stored_config(stored["config"], f"name: {config.name}"), config)
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
             raise InputError(
@@ -51,6 +54,19 @@ def claim(
     ledger.set_attribute("folder", place)
     # Last: with it the study is there for workers to join.
     ledger.set_attribute("config", config.model_dump(mode="json"))
+
+
+def stored_config(stored: dict[str, Any], where: str) -> StudyConfig:
+    """The settings that a study was begun with. Raises InputError for those of another version."""
+    try:
+        return StudyConfig.model_validate(stored)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "settings"
+        raise InputError(
+            f"{where}: the study was begun with another version of rsauto, whose settings this one "
+            f"does not read: {field}: {problem['msg']}. Install the same version here."
+        ) from None
 
 
 def require_equal_inputs(ledger: Ledger, fingerprints: dict[str, str], where: str) -> None:

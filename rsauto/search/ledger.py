@@ -30,9 +30,13 @@ from rsauto.search.history import History
 from rsauto.search.liveness import Pulse, Watch, this_worker
 from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
 from rsauto.search.storage import patiently
+from rsauto.search.write_up import lost_record
 
 MEMORY, DIVERGENCE = "memory", "divergence"
 """Names of the constraints; a trial is feasible when every value is at most zero."""
+
+MOST_DEATHS = 3
+"""Processes that may die of a trial before it is not run again."""
 
 LOST_SECONDS = 5.0
 """How long a trial may be nobody's, between being given up and put back, before it is lost."""
@@ -188,7 +192,7 @@ class Ledger:
         )
         added = self._add(template)
         self._pulse.add(added.trial_id)
-        return optuna.Trial(self.study, added.trial_id), spec
+        return patiently(partial(optuna.Trial, self.study, added.trial_id)), spec
 
     def _add(self, template: FrozenTrial) -> Attempt:
         """Adds an attempt; its token tells whether that was done although no answer came."""
@@ -291,7 +295,7 @@ class Ledger:
         """Gives up a running trial without a result and puts it back to be run again."""
         self._pulse.drop(trial._trial_id)
         if self._fail(trial.number):
-            self._put_back(trial.number, spec)
+            self._put_back(trial.number, spec, trial.user_attrs.get("deaths", 0))
 
     # ---------------------------------------------------------------- recovering
 
@@ -299,7 +303,8 @@ class Ledger:
         """Puts trials of processes that no longer live back to be run again; how many there were.
 
         An orphan is failed, not retried in place: a retried trial would inherit what the dead
-        process had already reported. One whose record was already written is finished instead.
+        process had already reported. One whose record was already written is finished instead, and
+        one that processes died of `MOST_DEATHS` times is settled as failed.
         Called before this process starts a trial, so one of its own is left from an earlier call.
         ``is_alone`` says that no other process can be at this study, on whatever host it was.
         """
@@ -312,7 +317,7 @@ class Ledger:
             # Whoever has just ended one is about to put it back.
             since = self._lost_since.setdefault(attempt.number, now)
             if is_alone or attempt.number in ended or now - since > LOST_SECONDS:
-                self._put_back(attempt.number, attempt.begun.spec)
+                self._put_back(attempt.number, attempt.begun.spec, attempt.deaths + 1)
                 num_lost += 1
         return num_lost
 
@@ -328,18 +333,39 @@ class Ledger:
         if "spec" in orphan.user_attrs and attempts.must_not_run(orphan.number, limit):
             self._withdraw(orphan.number, orphan._trial_id)
             return False
+        if orphan.user_attrs.get("deaths", 0) + 1 >= MOST_DEATHS:
+            self._settle_lost(orphan)
+            return False
         return self._fail(orphan.number)
 
-    def _put_back(self, number: int, spec: TrialSpec) -> None:
+    def _settle_lost(self, orphan: FrozenTrial) -> None:
+        """Ends a trial that kills whoever runs it: others must not die of it, too."""
+        spec = TrialSpec.from_json(orphan.user_attrs["spec"])
+        worker = orphan.user_attrs.get("worker")
+        name = worker and f"{worker['host']}:{worker['pid']}"
+        record = lost_record(orphan.number, spec, f"its process died {MOST_DEATHS} times", name)
+        trial = patiently(partial(optuna.Trial, self.study, orphan._trial_id))
+        self.settle(trial, record, value=None, state=TrialState.FAIL, constraints={})
+
+    def _put_back(self, number: int, spec: TrialSpec, deaths: int = 0) -> None:
+        """``deaths`` are the processes that died of it so far."""
         spec = replace(spec, retry_of=number)
         template = create_trial(
             state=TrialState.WAITING,
             # As Optuna enqueues a trial, so that `ask` takes its settings from there.
             system_attrs={"fixed_params": stored_params(spec)},
-            user_attrs={"spec": spec.to_json()},
+            user_attrs={"spec": spec.to_json(), "deaths": deaths},
         )
         added = self._add(template)
         if self._last_read.is_doubled(added.number):
-            with suppress(UpdateFinishedTrialError):
-                self._storage.set_trial_user_attr(added.trial_id, "withdrawn", True)
-                self._storage.set_trial_state_values(added.trial_id, TrialState.FAIL)
+            self._withdraw_waiting(added.trial_id)
+
+    def _withdraw_waiting(self, trial_id: int) -> None:
+        """`_withdraw` for a trial that nobody has begun, which Optuna's `tell` does not take."""
+
+        def write() -> None:
+            self._storage.set_trial_user_attr(trial_id, "withdrawn", True)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+        with suppress(UpdateFinishedTrialError):
+            patiently(write)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,8 +25,28 @@ NAMELESS_SECONDS = 30.0
 def this_worker() -> dict[str, Any]:
     """Names this process so that another can tell whether it still lives."""
     pid = os.getpid()
-    born = psutil.Process(pid).create_time()
-    return {"host": socket.gethostname(), "pids": _pid_space(), "pid": pid, "born": born}
+    return {"host": socket.gethostname(), "pids": _pid_space(), "pid": pid, "born": born(pid)}
+
+
+def born(pid: int) -> str | float:
+    """When a process was started, for comparison with itself. Raises psutil.NoSuchProcess.
+
+    On Linux the boot and the clock ticks since then: psutil's seconds since 1970 move with the
+    system clock, by which a living process would be taken for another.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # proc(5): field 22; the second, the name in brackets, may have blanks of its own.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return psutil.Process(pid).create_time()
+    return f"{boot}:{ticks}"
+
+
+def _same_start(one: str | float, other: str | float) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return abs(one - other) < 1.0
 
 
 def _pid_space() -> str | None:
@@ -49,7 +70,7 @@ def worker_lives(worker: dict[str, Any] | None) -> bool:
         return True
     try:
         process = psutil.Process(worker["pid"])
-        same = abs(process.create_time() - worker["born"]) < 1.0
+        same = _same_start(born(process.pid), worker["born"])
         # A killed process stays a zombie where nobody waits for it, as in many containers.
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

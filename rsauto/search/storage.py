@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -122,16 +123,18 @@ class JournalLock(BaseJournalFileLock):
     """One writer of a journal at a time.
 
     Optuna's own locks are files that stay behind when their holder is killed; this one the kernel
-    gives back at once.
+    gives back at once. Whoever has it finds a journal whose last line is whole.
     """
 
     def __init__(self, journal: Path) -> None:
+        self._journal = journal
         self._path = journal.with_name(f".{journal.name}.writer")
         self._file: BufferedRandom | None = None
 
     def acquire(self) -> bool:
         self._file = open(self._path, "a+b")  # closed by `release`
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        drop_torn_line(self._journal)
         return True
 
     def release(self) -> None:
@@ -143,11 +146,8 @@ class JournalLock(BaseJournalFileLock):
 def _journal_storage(journal: Path) -> BaseStorage:
     journal = journal.resolve()
     lock = JournalLock(journal)
-    lock.acquire()
-    try:
-        drop_torn_line(journal)
-    finally:
-        lock.release()
+    lock.acquire()  # which mends the journal
+    lock.release()
     backend: BaseJournalBackend = JournalFileBackend(str(journal), lock_obj=lock)
     return JournalStorage(backend)
 
@@ -161,9 +161,12 @@ def drop_torn_line(journal: Path) -> None:
     if not journal.exists():
         return
     with open(journal, "r+b") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class JournalUsers:

@@ -19,6 +19,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
+from rsauto.base import pick_device
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError, nearest
 from rsauto.search.agenda import num_settled
@@ -27,7 +28,7 @@ from rsauto.search.books import AdapterFolder, WorkersBooks
 from rsauto.search.driver import disk_errors
 from rsauto.search.events import Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
-from rsauto.search.identity import fingerprints_of, require_equal_inputs
+from rsauto.search.identity import fingerprints_of, require_equal_inputs, stored_config
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
@@ -72,7 +73,9 @@ def join_study(target: str, name: str | None = None) -> Joined:
     users.join()
     storage = open_storage(None, folder.journal_file)
     names = optuna.get_all_study_names(storage)
-    return _joined(target, storage, name or (names[0] if names else None), users)
+    if not names:
+        raise _only_just_begun(target)
+    return _joined(target, storage, name or names[0], users)
 
 
 def _joined(
@@ -90,11 +93,19 @@ def _joined(
     ledger = Ledger.join(storage, name)
     stored = ledger.attributes().get("config")
     if stored is None:
+        if users is not None:
+            raise _only_just_begun(where)
         raise InputError(
             f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
             f"study with --storage {where} first."
         )
-    return Joined(where, ledger, StudyConfig.model_validate(stored), users)
+    return Joined(where, ledger, stored_config(stored, where), users)
+
+
+def _only_just_begun(folder: str) -> InputError:
+    return InputError(
+        f"{folder}: the study is only just being begun by its host. Try again in a moment."
+    )
 
 
 def worker_events(joined: Joined, *, stop: StopFlag | None = None) -> Iterator[Event]:
@@ -124,6 +135,11 @@ class WorkerRun:
 
     def events(self, is_shared: bool) -> Iterator[Event]:
         """Everything from reading the data to the study's end."""
+        ended = self.ledger.attributes().get("ended")
+        if ended is not None:
+            said = f"the study is finished ({ended}); nothing is left for a worker"
+            yield StudyEnded(self.folder.path, time.monotonic() - self.begin, said)
+            return
         yield Stage("reading model and data")
         setup = self._set_up()
         yield Planned(setup)
@@ -156,20 +172,27 @@ class WorkerRun:
         """The study as its storage has it now: whoever holds the folder may have widened it."""
         attributes = self.ledger.attributes()
         self.stored = attributes["config"]
-        config = StudyConfig.model_validate(self.stored)
-        if config.memory_budget != "auto":
-            return set_up(config)
-        # A plan is for one budget, that of the device on which the study was begun.
-        budget = attributes["memory_budget_bytes"]
-        setup = set_up(config.model_copy(update={"memory_budget": budget}))
-        has = device_bytes(setup.device)
-        if setup.device.type == "cuda" and has < budget:
-            raise InputError(
-                f"memory_budget: the study was begun on a device of {bytes_text(budget)}, and the "
-                f"one here has {bytes_text(has)}. Give memory_budget in the study file, so that "
-                "every worker can hold it."
-            )
-        return setup
+        config = stored_config(self.stored, self.joined.where)
+        if config.memory_budget == "auto":
+            # A plan is for one budget, that of the device on which the study was begun.
+            budget = attributes["memory_budget_bytes"]
+            _require_room(budget, "the device on which the study was begun")
+            config = config.model_copy(update={"memory_budget": budget})
+        else:
+            _require_room(config.memory_budget, "the study")
+        return set_up(config)
+
+
+def _require_room(budget: int, whose: str) -> None:
+    """Raises InputError where this process's GPU is smaller than the ``budget`` in bytes."""
+    device = pick_device()
+    has = device_bytes(device)
+    if device.type == "cuda" and has < budget:
+        raise InputError(
+            f"memory_budget: {whose} has {bytes_text(budget)}, and the device here "
+            f"{bytes_text(has)}. Start the worker on a larger one, or give the study file a "
+            "memory_budget that every worker can hold."
+        )
 
 
 def _adapter_folder(ledger: Ledger) -> AbstractContextManager[tuple[AdapterFolder, bool]]:

@@ -143,6 +143,23 @@ def infeasible_record(number: int, spec: TrialSpec, smallest: Prediction) -> Tri
     )
 
 
+def lost_record(number: int, spec: TrialSpec, error: str, worker: str | None) -> TrialRecord:
+    """The record of a trial that never came to its end; nothing of what it did is known."""
+    return TrialRecord(
+        number=number,
+        outcome="failed",
+        **{name: getattr(spec, name) for name in _FROM_SPEC},
+        gamma_r=_gamma_r(spec),
+        r_max=spec.init_rank or spec.rank,
+        steps=0,
+        tokens=0,
+        fidelity=0.0,
+        worker=worker,
+        started_at=now(),
+        error=error,
+    )
+
+
 def _gamma_r(spec: TrialSpec) -> float:
     """The factor as training begins: of AdaLoRA's chosen rank, and of a pattern's mean rank."""
     rank = spec.rank
