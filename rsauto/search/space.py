@@ -220,6 +220,11 @@ class Space:
         """Whether the learning rate is known to move with rank: not for AdaLoRA or Adafactor."""
         return method not in ADALORA_METHODS and self.config.training.optimizer != "adafactor"
 
+    def trusts_law(self, method: Method) -> bool:
+        """Whether the law's prior was near what was measured: under AdamW it was, not under SGD
+        (reports/learning-rate-exponents)."""
+        return self.has_law(method) and self.config.training.optimizer == "adamw"
+
     def rate_exponent(self, method: Method) -> float:
         """Prior of the law, see `learning_rate_exponent`; 0 where there is none."""
         if not self.has_law(method):

@@ -34,7 +34,8 @@ LEAST_LADDER, MOST_LADDER = 3, 9
 """Rates of a ladder."""
 
 SUMMIT_OCTAVES, LAWLESS_OCTAVES = 0.6, 1.0
-"""Distance of the summit's outer learning rates from the middle one, with a law and without."""
+"""Distance of the summit's outer learning rates from the middle one, with a law that is trusted and
+without."""
 
 BAND_OCTAVES, WIDE_BAND_OCTAVES = 1.0, 2.0
 """Half width of what is sampled around the law, and where trials contradict it."""
@@ -191,7 +192,7 @@ def _band(
     is_off = law is not None and law.contradicts(prior)
     exponent = law.exponent if law is not None and is_off else prior
     widest = space.half_octaves
-    half = WIDE_BAND_OCTAVES if is_off or not space.has_law(method) else BAND_OCTAVES
+    half = BAND_OCTAVES if space.trusts_law(method) and not is_off else WIDE_BAND_OCTAVES
     band = Band(found.rate, found.rank, exponent, min(half, widest))
     best = _best(settled, method, objective)
     if best is not None and abs(band.offset(best)) > EDGE * band.half_octaves:
@@ -231,7 +232,7 @@ def _open_ranks(space: Space, method: Method, settled: Settled, most: int) -> li
 def _summit(space: Space, method: Method, rank: int, found: Tuned) -> list[TrialSpec]:
     """A rank at the rate that the law gives it, and on both sides, the middle one first."""
     middle = at_rank(space, method, rank, found)
-    width = SUMMIT_OCTAVES if space.has_law(method) else LAWLESS_OCTAVES
+    width = SUMMIT_OCTAVES if space.trusts_law(method) else LAWLESS_OCTAVES
     rates = [space.allowed_rate(middle.learning_rate * 2**x) for x in (0.0, -width, width)]
     specs = [replace(middle, learning_rate=rate) for rate in dict.fromkeys(rates)]
     return _cohort(specs, _ladder_of(space, method) + 1)
