@@ -25,8 +25,10 @@ RSAUTO: dict[str, Any] = {
     "name": "benchmark",
     "memory_budget": "4GiB",  # nothing is refused
     "search": {"method": "rslora", "alpha": [ALPHA], "seeds": 1},
-    "training": {"num_evals": 8},  # rungs at an eighth, a quarter and a half of a trial
 }
+NUM_EVALS = 8
+"""Of rsauto's trials: rungs at an eighth, a quarter and a half of a trial."""
+
 LEVERS: dict[str, dict[str, Any]] = {
     "rsauto": {},
     "no-transfer": {"search": {"strategy": "tpe"}},
@@ -62,7 +64,10 @@ class Task:
             "training": {**self.training, "seed": seed},
             "search": {"trials": self.trials, "rank": ranks, "learning_rate": rates},
         }
-        parts = [own] if lever is None else [own, RSAUTO, LEVERS[lever]]
+        parts: list[Mapping[str, Any]] = [own]
+        if lever is not None:
+            evals = {"training": {"num_evals": min(NUM_EVALS, self.training["steps"])}}
+            parts += [RSAUTO, evals, LEVERS[lever]]
         return StudyConfig.model_validate(merged({"memory_budget": "4GiB"}, *parts))
 
     @property

@@ -22,6 +22,7 @@ from rsauto.adapters.optimizers import parameter_groups
 from rsauto.api import run_study
 from rsauto.config import StudyConfig
 from rsauto.records import AllocationSpec, TrialRecord, TrialSpec
+from rsauto.search import books
 from rsauto.search.agenda import finalists, may_prune, num_reserved, opening_trial, refit_trial
 from rsauto.search.space import Space
 from rsauto.study_file import validate
@@ -231,7 +232,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     values["training"]["steps"] = 12
     values["adalora"] = {"recovery": "none"}
-    run_study(values, out=folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(books, "KEPT_ADAPTERS", 100)  # also of what is not among the best
+        run_study(values, out=folder / "out")
     return folder
 
 

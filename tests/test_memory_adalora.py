@@ -445,7 +445,7 @@ def test_the_prediction_bounds_the_allocation_itself(
 def test_a_budget_may_hold_lora_of_a_rank_and_not_adalora(tmp_path: Path) -> None:
     values = study_values(
         tmp_path, method=["rslora", "rsadalora"], rank=[64], alpha=[8], learning_rate=[1e-3],
-        strategy="grid", trials=4, seeds=1,
+        strategy="grid", trials=6, seeds=1,
     )  # fmt: skip
     values["training"] |= {"steps": 2, "num_evals": 1, "micro_batch_size": 1}
     values |= {"memory_budget": "1GiB", "adalora": {"init_ratio": 1.2}}
