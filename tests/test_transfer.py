@@ -255,3 +255,17 @@ def test_where_the_upper_half_of_the_ladder_diverges_the_rest_decides(
     run = study(record_of, monkeypatch, Bowl(drift=0.0, diverges_above=1e-3))
     found = tuned(run.setup.space, "rslora", run.searched, loss_of)
     assert found is not None and found.rate == pytest.approx(4e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "half"), [("adamw", BAND_OCTAVES), ("sgd", WIDE_BAND_OCTAVES)]
+)
+def test_only_the_law_of_adamw_is_trusted_with_a_narrow_band(
+    optimizer: str, half: float, record_of: Records
+) -> None:
+    space = space_of()
+    training = space.config.training.model_copy(update={"optimizer": optimizer})
+    space = replace(space, config=space.config.model_copy(update={"training": training}))
+    middle = ladder(space, "rslora", 40)[0]
+    found = narrowed(space, [(middle, record_of(middle, 0, 1.0))], loss_of)
+    assert found.bands["rslora"].half_octaves == half
