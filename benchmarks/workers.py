@@ -58,7 +58,7 @@ Sample = tuple[int, float]
 
 def config_of(num_trials: int) -> Any:
     """A study of the random sampler, with nothing kept for seeds."""
-    search = {"trials": num_trials, "sampler": "random", "seeds": 1, "pruner": "none"}
+    search = {"trials": num_trials, "strategy": "random", "seeds": 1, "pruner": "none"}
     return validate({"name": "many", "search": search, "training": {"steps": 10}})
 
 
