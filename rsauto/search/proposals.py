@@ -122,9 +122,7 @@ def _last_trial(
     The defaults need no result of the search; the others wait until nothing runs.
     """
     lower = objective.lower_is_better
-    if any(
-        t.record is None and t.spec.role in ("default", "default_tuned") for t in history.trials
-    ):
+    if any(t.record is None and t.spec.role in REFERENCES for t in history.trials):
         return None
     reference = reference_trial(space, history.settled, lower)
     if reference is not None:
