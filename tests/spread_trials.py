@@ -36,10 +36,10 @@ FULL, FULL_SEED = "full", 77
 
 
 def write_deep_model(folder: Path) -> Path:
-    """Eight layers, whose weights are most of what a checkpointed step needs."""
+    """Twelve layers, whose weights are most of what a checkpointed step needs."""
     write_model(folder, hidden_size=64)
     config = AutoConfig.from_pretrained(folder)
-    config.num_hidden_layers = 8
+    config.num_hidden_layers = 12
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).save_pretrained(folder)
     return folder

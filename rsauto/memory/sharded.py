@@ -12,9 +12,10 @@ from rsauto.errors import InputError
 from rsauto.memory.kinds import Prediction
 from rsauto.sharding import sharded_layers
 
-GATHERED_LAYERS = 3
-"""Layers that may be whole at once: the one that runs, and the next one twice, as it arrives and as
-it is cut into its weights."""
+GATHERED_LAYERS = 4
+"""Layers that may be whole at once: the one that runs, the next one twice, as it arrives and as it
+is cut into its weights, and the one before, which a slow transport may still hold (measured with
+gloo on busy cores; on idle ones it was gone in time)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
