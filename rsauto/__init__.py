@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
     from rsauto.memory.plan import Plan, plan
+    from rsauto.report.compare import compare
     from rsauto.report.pareto import pareto, select_rank
     from rsauto.report.table import Study, load_study
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RsautoError": "rsauto.errors",
     "Plan": "rsauto.memory.plan",
     "plan": "rsauto.memory.plan",
+    "compare": "rsauto.report.compare",
     "pareto": "rsauto.report.pareto",
     "select_rank": "rsauto.report.pareto",
     "Study": "rsauto.report.table",
@@ -51,6 +53,7 @@ __all__ = [
     "Study",
     "StudyConfig",
     "build_optimizer",
+    "compare",
     "export_adalora",
     "export_lora",
     "load_study",

@@ -275,6 +275,29 @@ def report(folder: Folder) -> None:
         typer.echo(f"report       {folder / 'report.html'}")
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Two study folders or more.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for compare.md, compare.csv and compare.svg.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put studies side by side: other models, methods or budgets, from their records alone."""
+    with _errors_shown():
+        from rich.console import Console
+
+        from rsauto.compare_view import print_comparison
+        from rsauto.report.compare import comparison, write_comparison
+
+        found = comparison(folders)
+        print_comparison(found, Console(stderr=as_json))
+        for path in write_comparison(found, out) if out is not None else ():
+            typer.echo(f"written      {path}", err=as_json)
+        if as_json:
+            typer.echo(found.rows.to_json(orient="records"))
+
+
 def run() -> None:
     """Entry point of the `rsauto` command."""
     app()

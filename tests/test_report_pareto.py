@@ -210,11 +210,43 @@ def test_nothing_fits_says_what_the_smallest_needs() -> None:
         ({"memory_budget": True}, "give a size"),
         ({"memory_budget": -5}, "memory_budget -5"),
         ({"objective": "bleu"}, "'bleu' is not a column"),
+        ({"time_budget": "soon"}, "time_budget must be seconds, .* got 'soon'"),
+        ({"time_budget": 0}, "time_budget must be"),
+        ({"time_budget": "-2h"}, "time_budget must be"),
+        ({"time_budget": "3.5h", "parameters": 1.5}, "parameters must be a whole number"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         select_rank(trials((8, 10, 1.0)), **arguments)
+
+
+def timed(*rows: tuple[int, float | None, int, float]) -> pd.DataFrame:
+    """A table of complete trials given as (rank, seconds, parameters, loss)."""
+    return table(
+        [
+            with_loss(
+                record(n, rank, 1e-3, train_seconds=seconds, num_trainable_params=count), loss
+            )
+            for n, (rank, seconds, count, loss) in enumerate(rows)
+        ]
+    )
+
+
+def test_time_and_parameters_limit_what_is_considered() -> None:
+    frame = timed((8, 60, 100, 3.0), (16, 90, 200, 2.0), (32, None, 400, 1.0), (64, 240, 800, 0.5))
+    assert select_rank(frame)["rank"] == 64
+    assert select_rank(frame, time_budget=239)["rank"] == 16
+    assert select_rank(frame, time_budget="4min")["rank"] == 64
+    assert select_rank(frame, time_budget="89")["rank"] == 8
+    assert select_rank(frame, parameters=400)["rank"] == 32
+    assert select_rank(frame, parameters=400, time_budget="1h", prefer="largest")["rank"] == 16
+    with pytest.raises(InputError, match=r"time_budget of 59\.0 s: .* rank 8, takes 1 min 0 s"):
+        select_rank(frame, time_budget=59)
+    with pytest.raises(InputError, match="the parameters of 99: the cheapest, rank 8, takes 100"):
+        select_rank(frame, parameters=99)
+    with pytest.raises(InputError, match="no configuration has train_seconds of its own"):
+        select_rank(timed((8, None, 100, 3.0)), time_budget=10)
 
 
 def test_on_a_whole_study() -> None:

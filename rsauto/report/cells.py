@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,19 @@ def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
         (name, _NAMES.get(name, name.replace("_", " ")), _writer(name)) for name in (*first, *rest)
     )
     return _grid(trials, wording, tuple(str(outcome) for outcome in trials["outcome"]))
+
+
+def in_words(rows: pd.DataFrame, names: Sequence[str], titles: Mapping[str, str]) -> Grid:
+    """The named columns, each worded by its unit; ``titles`` where its name is not the header."""
+    wording = tuple(
+        (
+            name,
+            titles.get(name, name.removesuffix("_bytes").replace("_", " ")),
+            _writer(name) if _is_number(rows[name]) and not name.startswith("num_") else str,
+        )
+        for name in names
+    )
+    return _grid(rows, wording, ())
 
 
 def _differs(trials: pd.DataFrame, name: str) -> bool:

@@ -17,26 +17,26 @@ from rsauto.report.wording import noise_remark
 def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
     """The verdict, the rank table, the figures, what did not finish, and the study file."""
     parts = [
-        f"# {_inline(study.config.name)}",
-        "\n".join(f"- {_inline(sentence)}" for sentence in verdict.sentences),
-        _table(
+        f"# {inline(study.config.name)}",
+        "\n".join(f"- {inline(sentence)}" for sentence in verdict.sentences),
+        pipe_table(
             ("", "", ""),
-            [(what, f"**{_inline(value)}**", remark) for what, value, remark in tiles(verdict)],
+            [(what, f"**{inline(value)}**", remark) for what, value, remark in tiles(verdict)],
             (False, True, False),
             is_escaped=True,
         ),
     ]
     if ranks.rows:
         parts += ["## What each rank costs and what it buys",
-                  _table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
-        parts.append(_inline(noise_remark(verdict)))
-    parts += [_inline(note) for note in notes(study.records, verdict)]
+                  pipe_table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
+        parts.append(inline(noise_remark(verdict)))
+    parts += [inline(note) for note in notes(study.records, verdict)]
     for panel in shown:
-        parts += [f"![{_inline(panel.alt)}](figures/{panel.key}.svg)", _inline(panel.caption)]
+        parts += [f"![{inline(panel.alt)}](figures/{panel.key}.svg)", inline(panel.caption)]
     tokens = token_grid(study.records)
     if tokens.rows:
         parts += ["## Where the tokens went",
-                  _table(tokens.headers, tokens.rows, tokens.is_number)]  # fmt: skip
+                  pipe_table(tokens.headers, tokens.rows, tokens.is_number)]  # fmt: skip
     parts += _unfinished(study)
     parts += ["## Study", _fenced(study_file.dump(study.config), "yaml")]
     return "\n\n".join(parts) + "\n"
@@ -55,25 +55,26 @@ def _unfinished(study: Study) -> list[str]:
         f"{endings(study.records)}. All of them are in `tradeoff.csv`.",
     ]
     if errors:
-        parts.append(_table(("trial", "outcome", "error"), errors, (True, False, False)))
+        parts.append(pipe_table(("trial", "outcome", "error"), errors, (True, False, False)))
     return parts
 
 
-def _table(
+def pipe_table(
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
     is_number: Sequence[bool],
     *,
     is_escaped: bool = False,
 ) -> str:
-    write = str if is_escaped else _inline
+    """A table of Markdown; with ``is_escaped`` the cells are markup already."""
+    write = str if is_escaped else inline
     lines = [[write(header) for header in headers]]
     lines.append(["---:" if right else "---" for right in is_number])
     lines += [[write(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Text on one line that neither Markdown nor HTML nor a table takes for markup."""
     one_line = " ".join(text.split())
     escaped = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

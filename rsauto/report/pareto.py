@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pandas as pd
@@ -12,7 +13,7 @@ from rsauto.devices import read_budget
 from rsauto.errors import InputError, nearest
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
-from rsauto.units import bytes_text
+from rsauto.units import bytes_text, count_text, seconds_text
 
 
 def pareto(
@@ -54,11 +55,17 @@ def select_rank(
     *,
     min_seeds: int = 1,
     tolerance: float = 0.0,
+    time_budget: float | str | None = None,
+    parameters: int | None = None,
 ) -> pd.Series[Any]:
     """The row of the configuration to take, averaged over its seeds (see ``configurations``).
 
     Considered are full-length complete trials that need no more than ``memory_budget`` (bytes, or
-    text such as "24GiB"; None takes the budget each trial ran under), defaults included.
+    text such as "24GiB"; None takes the budget each trial ran under), defaults included;
+    with ``time_budget`` (seconds, or text such as "90min" or "2h") those whose optimizer steps took
+    no longer on the study's device, with ``parameters`` those that train no more of them.
+    A trial that was only trained in a pack has no time of its own and does not count as fitting a
+    time that is given, nor does anything whose cost is not known.
 
     cheapest  of those no further from the best than ``within`` (relative to it) or ``tolerance``
               (absolute, whichever is more), the one that can be trained in the least memory, then
@@ -71,8 +78,16 @@ def select_rank(
     """
     _check_arguments(trials, within, prefer, objective)
     rows = configurations(full_runs(trials, objective))
+    rows = rows[rows["num_seeds"] >= min_seeds]
+    limits: tuple[tuple[str, str, float | None, Callable[[float], str]], ...] = (
+        ("time_budget", "train_seconds", _seconds(time_budget), seconds_text),
+        ("parameters", "num_trainable_params", _parameters(parameters), count_text),
+    )
+    for name, column, limit, text in limits:
+        if limit is not None:
+            rows = _within(rows, column, limit, f"{name} of {text(limit)}", text)
     return choose(
-        rows[rows["num_seeds"] >= min_seeds],
+        rows,
         _budget(memory_budget),
         within,
         prefer,
@@ -144,6 +159,23 @@ def _fitting(rows: pd.DataFrame, budget: int | None, objective: str) -> pd.DataF
     )
 
 
+def _within(
+    rows: pd.DataFrame, column: str, limit: float, named: str, text: Callable[[float], str]
+) -> pd.DataFrame:
+    """Rows that cost no more than ``limit``. Raises InputError that names the cheapest."""
+    costs = pd.to_numeric(rows.get(column, pd.Series(pd.NA, index=rows.index)), errors="coerce")
+    kept = rows[(costs <= limit).fillna(False).astype(bool)]
+    if not kept.empty or rows.empty:
+        return kept
+    if costs.isna().all():
+        raise InputError(f"no configuration has {column} of its own: leave out the {named}")
+    cheapest = rows[(costs == costs.min()).fillna(False).astype(bool)].iloc[0]
+    raise InputError(
+        f"no configuration is within the {named}: the cheapest, rank {cheapest['rank']}, takes "
+        f"{text(float(costs.min()))}"
+    )
+
+
 def _check_arguments(trials: pd.DataFrame, within: float, prefer: str, objective: str) -> None:
     if prefer not in ("cheapest", "largest"):
         raise InputError(f"prefer must be 'cheapest' or 'largest', got {prefer!r}")
@@ -170,3 +202,25 @@ def _budget(memory_budget: int | str | None) -> int | None:
         return read_budget(memory_budget).total_bytes
     except ValueError as error:
         raise InputError(f"memory_budget {memory_budget!r}: {error}") from None
+
+
+def _seconds(time_budget: float | str | None) -> float | None:
+    """Seconds of a number or a text such as "90min"."""
+    if time_budget is None:
+        return None
+    try:
+        text = isinstance(time_budget, str) and not time_budget.strip().isdecimal()
+        found = pd.Timedelta(time_budget).total_seconds() if text else float(time_budget)
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise InputError(
+            f'time_budget must be seconds, or text such as "90min" or "2h", got {time_budget!r}'
+        )
+    return found
+
+
+def _parameters(parameters: int | None) -> int | None:
+    if parameters is not None and not (isinstance(parameters, int) and parameters > 0):
+        raise InputError(f"parameters must be a whole number above zero, got {parameters!r}")
+    return parameters
