@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
     from rsauto.memory.plan import Plan, plan
+    from rsauto.optuna_table import trials_of
     from rsauto.report.compare import compare
     from rsauto.report.pareto import pareto, select_rank
     from rsauto.report.table import Study, load_study
@@ -37,6 +38,7 @@ _HOMES = {
     "RsautoError": "rsauto.errors",
     "Plan": "rsauto.memory.plan",
     "plan": "rsauto.memory.plan",
+    "trials_of": "rsauto.optuna_table",
     "compare": "rsauto.report.compare",
     "pareto": "rsauto.report.pareto",
     "select_rank": "rsauto.report.pareto",
@@ -61,6 +63,7 @@ __all__ = [
     "plan",
     "run_study",
     "select_rank",
+    "trials_of",
 ]
 
 

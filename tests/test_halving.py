@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,66 @@ from transformers import LlamaForCausalLM
 
 from rsauto.config import StudyConfig
 from rsauto.errors import StudyInterrupted
-from rsauto.records import AllocationSpec, StepPoint, TrialRecord
-from rsauto.search import pack_size
+from rsauto.records import AllocationSpec, EvalPoint, StepPoint, TrialRecord
+from rsauto.search import pack_size, pruning
 from rsauto.search.driver import study_events
 from rsauto.search.events import Event, PackingDecided, TrialSettled, TrialStep
-from rsauto.search.pruning import SLOW_OCTAVES, Rival, goes_on, rungs
+from rsauto.search.objective import Objective
+from rsauto.search.pruning import SLOW_OCTAVES, Rival, gives_up, goes_on, is_telling, rungs
 from rsauto.stop import StopFlag
+from rsauto.study_file import validate
 from rsauto.training.member import Advance, Member
 from rsauto.training.packed import Pack
 
 __all__ = ["unmetered"]
 
+Records = Callable[..., TrialRecord]
+
 
 # ------------------------------------------------------------------------ the rule
+
+
+@pytest.mark.parametrize(
+    ("objective", "best", "telling"),
+    [
+        (Objective("eval_loss", True, 2.0), 1.89, True),
+        (Objective("eval_loss", True, 2.0), 1.95, False),
+        (Objective("eval_loss", True, 2.0), 2.5, False),
+        (Objective("accuracy", False, 0.5), -0.53, True),
+        (Objective("accuracy", False, 0.5), -0.51, False),
+        (Objective("exact_match", False, 0.0), -0.01, True),
+        (Objective("exact_match", False, 0.0), 0.0, False),
+    ],
+)
+def test_a_rung_says_nothing_until_its_leader_has_learnt(
+    objective: Objective, best: float, telling: bool
+) -> None:
+    rivals = [Rival(1e-3, best), Rival(1e-3, best + 1)]
+    assert is_telling(objective, rivals) is telling
+    assert not is_telling(objective, [])
+
+
+def test_nobody_is_given_up_while_nobody_has_learnt(record_of: Records) -> None:
+    """The curves of a task on which all trials first make the model worse."""
+    config = validate({"name": "late", "training": {"steps": 64, "num_evals": 8}})
+    objective = Objective("eval_loss", True, 0.69)
+    spec = spec_of(steps=64, num_evals=8, cohort=0, cohort_size=2)
+
+    def ends(*losses: float, leader: tuple[float, ...] = (0.75, 0.68, 0.66, 0.5)) -> bool:
+        known = replace(record_of(spec), curve=curve(*leader))
+        return gives_up(config, objective, spec, curve(*losses), [(spec, known)])
+
+    assert not ends(0.9) and not ends(0.9, 0.9) and not ends(0.9, 0.9, 0.9)
+    assert ends(0.9, 0.9, 0.9, 0.9), "the leader has"
+    assert ends(0.9, 0.9, 0.9, leader=(0.75, 0.68, 0.6)), "it stands still, and the leader has"
+
+
+def curve(*losses: float) -> tuple[EvalPoint, ...]:
+    """Evaluations eight steps apart."""
+    return tuple(
+        EvalPoint(step=8 * n, train_loss=1.0, eval_loss=loss, grad_norm=1.0)
+        for n, loss in enumerate(losses, start=1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +218,10 @@ def config_of(values: dict[str, Any], **packing: Any) -> StudyConfig:
 
 
 def run(config: StudyConfig, out: Path, **options: Any) -> list[Event]:
-    return list(study_events(config, out, **options))
+    """A study whose rungs say something from the first on: a random model learns slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "PROGRESS", 0.0)
+        return list(study_events(config, out, **options))
 
 
 def cohorts(events: list[Event]) -> dict[tuple[int, float], TrialRecord]:

@@ -47,6 +47,9 @@ CONFIGURATION = (
 pattern that was given: everything that decides a trial but its seed. How a batch is split
 (micro_batch_size) changes only rounding."""
 
+FOREIGN = "param_"
+"""Before the names of parameters of a study that was not ours; they tell configurations apart."""
+
 _AVERAGED = (
     "eval_loss",
     "perplexity",
@@ -185,6 +188,7 @@ def _keys(trials: pd.DataFrame) -> list[Hashable]:
     """The configuration of every row. NA equals NA here, which pandas' own grouping does not
     promise for its nullable types."""
     names = [name for name in CONFIGURATION if name in trials.columns]
+    names += [str(name) for name in trials.columns if str(name).startswith(FOREIGN)]
     columns = [_plain(trials[name]) for name in names]
     columns += [_planned_steps(trials), _given_patterns(trials)]
     return list(zip(*columns, strict=True))
@@ -195,7 +199,7 @@ def _given_patterns(trials: pd.DataFrame) -> list[Any]:
     so it tells no two configurations apart."""
     if "rank_pattern" not in trials.columns:
         return [None] * len(trials)
-    methods = trials["method"] if "method" in trials.columns else [None] * len(trials)
+    methods = _plain(trials["method"]) if "method" in trials.columns else [None] * len(trials)
     return [
         None if method in ADALORA_METHODS else pattern
         for method, pattern in zip(methods, _plain(trials["rank_pattern"]), strict=True)
@@ -213,7 +217,6 @@ def _planned_steps(trials: pd.DataFrame) -> list[Any]:
 
 
 def _seeds(trials: pd.DataFrame) -> list[Hashable]:
-    """The seed of every row; rows of a table without seeds count as different ones."""
-    if "seed" not in trials.columns:
-        return list(range(len(trials)))
-    return _plain(trials["seed"])
+    """The seed of every row; rows without one count as different ones."""
+    seeds = _plain(trials["seed"]) if "seed" in trials.columns else [None] * len(trials)
+    return [("row", i) if seed is None else seed for i, seed in enumerate(seeds)]

@@ -18,7 +18,7 @@ from rsauto.search.books import Books
 from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
 from rsauto.search.history import Settled
 from rsauto.search.pack_size import PackPlan
-from rsauto.search.pruning import Rival, cohort_of, comparable, goes_on, rivals, rungs
+from rsauto.search.pruning import Rival, cohort_of, comparable, goes_on, is_telling, rivals, rungs
 from rsauto.search.write_up import packed_record
 from rsauto.training.member import Advance, Member
 from rsauto.training.packed import Pack
@@ -195,13 +195,15 @@ class PackRun:
             ]
             return rivals(objective, mates, step) + of_group
 
+        standing = [running for running in group if running.member.steps_done == step]
+        if not is_telling(objective, at(step)):
+            return [(running, True) for running in standing]
         return [
             (running, goes_on(
                 Rival(running.member.spec.learning_rate, objective.lower(running.member.curve[-1])),
                 at(step, running), steps.index(step), len(steps), len(at(steps[0])),
             ))
-            for running in group
-            if running.member.steps_done == step
+            for running in standing
         ]  # fmt: skip
 
     # ---------------------------------------------------------------- one trial

@@ -36,6 +36,11 @@ PATIENCE = 2
 """Evaluations without improvement after which a trial that others have overtaken is given up."""
 
 
+PROGRESS = 0.05
+"""Share of the untouched model's objective by which the leader of a rung must have bettered it.
+Before, trials differ by how little they have disturbed the model, and low rates look best."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rival:
     """A trial at a rung."""
@@ -70,6 +75,13 @@ def goes_on(own: Rival, others: Sequence[Rival], rung: int, num_rungs: int, num_
     return rung == 0 and 0 < math.log2(leader.learning_rate / own.learning_rate) <= SLOW_OCTAVES
 
 
+def is_telling(objective: Objective, rivals: Sequence[Rival]) -> bool:
+    """Whether the trials at a rung can be compared: the best of them has learnt something."""
+    untouched = objective.untouched if objective.minimize else -objective.untouched
+    gain = untouched - min((rival.value for rival in rivals), default=math.inf)
+    return gain > 0 and gain >= PROGRESS * abs(untouched)
+
+
 def gives_up(
     config: StudyConfig,
     objective: Objective,
@@ -95,6 +107,8 @@ def gives_up(
     rung = steps.index(curve[-1].step)
     own = Rival(spec.learning_rate, objective.lower(curve[-1]))
     others = rivals(objective, mates, steps[rung])
+    if not is_telling(objective, [own, *others]):
+        return False
     num_begun = 1 + len(rivals(objective, mates, steps[0]))
     return not goes_on(own, others, rung, len(steps), num_begun)
 
@@ -111,8 +125,9 @@ def is_stagnant(
     values = [objective.lower(point) for point in curve]
     if len(values) <= PATIENCE or min(values[-PATIENCE:]) < min(values[:-PATIENCE]):
         return False
-    ahead = rivals(objective, mates, curve[-1].step)
-    return any(other.value < values[-1] for other in ahead)
+    others = rivals(objective, mates, curve[-1].step)
+    ahead = [other for other in others if other.value < values[-1]]
+    return is_telling(objective, ahead)
 
 
 def comparable(spec: TrialSpec, known: Settled) -> list[TrialRecord]:
