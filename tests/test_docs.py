@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -15,11 +19,16 @@ from rsauto.config import StudyConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def page_name(path: Path) -> str:
+    return path.stem
 
 
 def test_both_commands_stand_on_the_first_screen() -> None:
@@ -65,12 +74,59 @@ def test_every_option_of_the_readme_is_an_option() -> None:
 
 
 def test_every_example_of_a_study_file_is_valid() -> None:
-    whole, *parts = code_blocks("yaml")
+    (whole,) = code_blocks("yaml")
     config = StudyConfig.model_validate({"name": "gsm8k", **yaml.safe_load(whole)})
     assert config.memory_budget == 24 * 2**30
-    assert len(parts) == 7
+    parts = [b for page in PAGES[1:] for b in code_blocks("yaml", page.read_text(encoding="utf-8"))]
+    assert len(parts) >= 7
     for part in parts:
         StudyConfig.model_validate(yaml.safe_load(part))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every call of rsauto in the shell blocks of a page, without the program's own name."""
+    found = []
+    for line in "".join(code_blocks("sh", text)).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        places = [n for n, word in enumerate(words) if word.rpartition("/")[2] == "rsauto"]
+        found += [words[n + 1 :] for n in places if words[n - 1 : n] != ["--no-deps"]]
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_command_of_the_documentation_is_one(path: Path) -> None:
+    """Its options and arguments are read as the command reads them; the tutorial's are run."""
+    group: Any = typer.main.get_command(app)
+    for name, *words in commands(path.read_text(encoding="utf-8")):
+        assert name in group.commands, name
+        group.commands[name].make_context(name, words)
+
+
+def test_the_commands_are_found() -> None:
+    assert sum(len(commands(path.read_text(encoding="utf-8"))) for path in PAGES) > 25
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    for target in links:
+        place, _, anchor = target.partition("#")
+        page = (path.parent / place) if place else path
+        assert page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_the_reference_is_made_from_the_code() -> None:
+    script = ROOT / "docs" / "make_reference.py"
+    spec = importlib.util.spec_from_file_location("make_reference", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert module.reference() == written, "run python docs/make_reference.py"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -83,5 +139,5 @@ def test_every_study_file_is_valid_and_says_what_it_asks(path: Path) -> None:
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+    for path in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
         assert "@@" not in path.read_text(encoding="utf-8")
