@@ -34,6 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_HEAVY = frozenset({"torch", "optuna", "transformers", "peft", "datasets", "accelerate"})
+"""Packages that a machine which only reads reports may lack."""
+
 Config = Annotated[
     Path | None,
     typer.Argument(help="Study file (YAML). Without one: the embedded model and task."),
@@ -348,6 +351,15 @@ def _errors_shown() -> Iterator[None]:
     except RsautoError as error:
         typer.echo(f"rsauto: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        if error.name not in _HEAVY:
+            raise
+        typer.echo(
+            f"rsauto: this command needs {error.name}, which is not installed here; report, status "
+            "and compare run without. Install the whole of it: pip install rsauto",
+            err=True,
+        )
+        raise typer.Exit(2) from None
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 import yaml
@@ -141,3 +144,25 @@ def test_every_study_file_is_valid_and_says_what_it_asks(path: Path) -> None:
 def test_nothing_is_left_to_fill_in() -> None:
     for path in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
         assert "@@" not in path.read_text(encoding="utf-8")
+
+
+def test_the_notebook_runs_and_shows_what_it_showed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "docs")
+    book = json.loads((ROOT / "docs" / "table.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    shown = 0
+    for cell in book["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        *statements, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(statements, []), "table.ipynb", "exec"), names)
+        if not isinstance(last, ast.Expr):
+            exec(compile(ast.Module([last], []), "table.ipynb", "exec"), names)
+            continue
+        found = eval(compile(ast.Expression(last.value), "table.ipynb", "eval"), names)
+        for output in cell["outputs"]:
+            if "text/plain" in output.get("data", {}):
+                with pd.option_context("display.max_columns", 20, "display.width", 80):
+                    assert repr(found) == "".join(output["data"]["text/plain"])
+                shown += 1
+    assert shown >= 5
