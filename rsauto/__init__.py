@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
+    from rsauto.exports.run import export
     from rsauto.memory.plan import Plan, plan
     from rsauto.report.pareto import pareto, select_rank
     from rsauto.report.table import Study, load_study
@@ -29,6 +30,7 @@ _HOMES = {
     "RsAdaLoraCallback": "rsauto.adalora",
     "RsAdaLoraConfig": "rsauto.adalora",
     "build_optimizer": "rsauto.adapters.optimizers",
+    "export": "rsauto.exports.run",
     "export_adalora": "rsauto.adapters.stock_adalora",
     "export_lora": "rsauto.adapters.export",
     "run_study": "rsauto.api",
@@ -51,6 +53,7 @@ __all__ = [
     "Study",
     "StudyConfig",
     "build_optimizer",
+    "export",
     "export_adalora",
     "export_lora",
     "load_study",
