@@ -41,9 +41,11 @@ def read_llamafactory(path: Path) -> Any:
     """The settings as LLaMA-Factory's (model, data, training, finetuning, generating) arguments."""
     # It asks for older versions of the libraries; its fields are the same with any.
     os.environ["DISABLE_VERSION_CHECK"] = "1"
+    import torch
     from llamafactory.hparams import get_train_args
 
-    return get_train_args(_values(path))
+    # Without a GPU it would refuse half precision, whatever the settings.
+    return get_train_args({**_values(path), "use_cpu": not torch.cuda.is_available()})
 
 
 def read_trl(path: Path) -> Any:

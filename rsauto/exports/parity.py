@@ -208,5 +208,5 @@ def put_on(base: nn.Module, folder: str) -> PeftModel:
         # booleans of its own AdaLoRA for LoRA's patterns.
         for message in (".*is_gradient_checkpointing", ".*rank_pattern keys did not match"):
             warnings.filterwarnings("ignore", message=message, append=False)
-        adapted: PeftModel = PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]
+        adapted: PeftModel = PeftModel.from_pretrained(base, folder)
     return adapted

@@ -26,6 +26,8 @@ def write_snippet(recipe: Recipe, folder: Path) -> Written:
     """Writes train_lora.py and the rows."""
     write_json_lines(recipe.chosen.data, folder)
     notes = ["rows are shuffled in another order, so batches are others."]
+    if recipe.modules_to_save:
+        notes.append("what the checkpoint lacks of the head starts from other random numbers.")
     command = f"python {FILE}"
     parts = [
         comment(recipe, command, notes), _imports(recipe), _model(recipe), _adapter(recipe),
@@ -46,7 +48,11 @@ def _imports(recipe: Recipe) -> str:
         of_transformers.append("BitsAndBytesConfig")
     if recipe.record.optimizer == "adafactor":
         of_transformers.append("Adafactor")
-    plus = _uses_loraplus(recipe)
+    of_peft = ""
+    if _uses_loraplus(recipe):
+        of_peft += "from peft.optimizers import create_loraplus_optimizer\n"
+    if recipe.modules_to_save:
+        of_peft += "from peft.utils import ModulesToSaveWrapper\n"
     return f"""import json
 import math
 import random
@@ -54,7 +60,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-{"from peft.optimizers import create_loraplus_optimizer" + chr(10) if plus else ""}\
+{of_peft}\
 from torch.nn import functional as F
 from transformers import {", ".join(sorted(of_transformers))}
 """
@@ -165,11 +171,24 @@ def _by_hand(recipe: Recipe) -> str:
         lines = 'for module in model.modules():\n    if hasattr(module, "lora_A"):\n'
         lines += "".join(inner)
     if recipe.modules_to_save:
-        lines += """for name, parameter in model.named_parameters():
-    if ".modules_to_save." in name:
-        parameter.data = parameter.data.float()
-"""
+        lines += _HEADS
     return lines
+
+
+_HEADS = """
+
+def in_float32(_module, args, kwargs):
+    def cast(value):
+        return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+for module in model.modules():  # the head is trained in float32, whatever the base model is in
+    if isinstance(module, ModulesToSaveWrapper):
+        module.modules_to_save.float()
+        module.modules_to_save["default"].register_forward_pre_hook(in_float32, with_kwargs=True)
+"""
 
 
 def _uses_loraplus(recipe: Recipe) -> bool:
