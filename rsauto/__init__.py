@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rsauto.api import run_study
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
+    from rsauto.exports.run import export
     from rsauto.memory.plan import Plan, plan
     from rsauto.optuna_table import trials_of
     from rsauto.report.compare import compare
@@ -31,6 +32,7 @@ _HOMES = {
     "RsAdaLoraCallback": "rsauto.adalora",
     "RsAdaLoraConfig": "rsauto.adalora",
     "build_optimizer": "rsauto.adapters.optimizers",
+    "export": "rsauto.exports.run",
     "export_adalora": "rsauto.adapters.stock_adalora",
     "export_lora": "rsauto.adapters.export",
     "run_study": "rsauto.api",
@@ -56,6 +58,7 @@ __all__ = [
     "StudyConfig",
     "build_optimizer",
     "compare",
+    "export",
     "export_adalora",
     "export_lora",
     "load_study",

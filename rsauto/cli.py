@@ -301,6 +301,42 @@ def compare(
             typer.echo(found.rows.to_json(orient="records"))
 
 
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="lora, adalora, merged, axolotl, llamafactory, trl, peft (a script), or card."
+        ),
+    ],
+    trial: Annotated[int | None, typer.Option(help="By its number.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The best trial of a rank.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best trial.")] = False,
+    recommended: Annotated[
+        bool, typer.Option("--recommended", help="What the report recommends [this].")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write [DIR/exports/<choice>-<target>].")
+    ] = None,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Of lora: every module at the largest rank.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights: float32, bfloat16, float16 [as saved].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trial for others to run: an adapter, a merged model, settings, or a model card."""
+    with _errors_shown():
+        from rsauto.export_command import run_export
+        from rsauto.report.choice import Choice
+
+        choice = Choice(trial=trial, rank=rank, best=best, recommended=recommended)
+        run_export(folder, to, choice, as_json, out=out, padded=padded, dtype=dtype, force=force)
+
+
 def run() -> None:
     """Entry point of the `rsauto` command."""
     app()

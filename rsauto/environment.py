@@ -20,12 +20,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "device": _device_name(device),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "num_threads": torch.get_num_threads(),
         "ram_bytes": psutil.virtual_memory().total,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of rsauto and of the libraries that results depend on."""
+    return {name: version(name) for name in _PACKAGES}
 
 
 def _device_name(device: torch.device) -> str:

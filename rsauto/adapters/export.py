@@ -70,8 +70,8 @@ def export_lora(
         )
     warn_where_ranks_are_not_final(model, adapter_name)
     if padded:
-        folded = _padded(folded)
-    tensors = {**_tensors(folded), **other_tensors(model, adapter_name, folded)}
+        folded = padded_factors(folded)
+    tensors = {**lora_tensors(folded), **other_tensors(model, adapter_name, folded)}
     config = _plain_config(model, folded, adapter_name)
     if base_name is not None:
         config.base_model_name_or_path = base_name
@@ -108,13 +108,13 @@ def write_adapter(
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
         num_bytes = weights.stat().st_size
-        _put_in_place(partial, folder)
+        put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
 
 
-def _put_in_place(new: Path, folder: Path) -> None:
+def put_in_place(new: Path, folder: Path) -> None:
     """Renames ``new`` to ``folder``; what was there goes only when that has worked."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -168,7 +168,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _padded(folded: Folded) -> Folded:
+def padded_factors(folded: Folded) -> Folded:
     """All modules at the largest rank; zeros change nothing."""
     r_max = max(len(a) for a, _ in folded.values())
     return {
@@ -177,7 +177,7 @@ def _padded(folded: Folded) -> Folded:
     }
 
 
-def _tensors(folded: Folded) -> dict[str, Tensor]:
+def lora_tensors(folded: Folded) -> dict[str, Tensor]:
     """In PEFT's naming."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in folded.items():

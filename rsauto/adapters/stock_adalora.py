@@ -6,9 +6,10 @@ gamma_r. Its files hold the active triplets only, with a list of booleans a modu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
 
 from rsauto.adalora.config import RsAdaLoraConfig
@@ -47,9 +48,27 @@ def export_adalora(
     ranks = {name: layer.triplets[adapter_name].active_rank for name, layer in layers.items()}
     r_max = max(1, *ranks.values())
     gamma = trained.gamma_r(trained.target_r)
+    config = stock_config(trained, ranks, gamma, min(trained.target_r, r_max))
+    config.modules_to_save = whole_modules(model, adapter_name) or None
+    config.target_modules = short_target_names(model, ranks)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _active_factors(name, layer, adapter_name, gamma)
+    tensors |= other_tensors(model, adapter_name, ranks)
+    return Exported(write_adapter(Path(folder), tensors, config, card), ranks)
+
+
+def stock_config(
+    trained: LoraConfig, ranks: Mapping[str, int], gamma: float, target_rank: int
+) -> AdaLoraConfig:
+    """PEFT's configuration of active triplets alone, ``ranks`` of them in each module.
+
+    What ``trained`` says of the model is kept; layers and modules trained whole are still to name.
+    """
+    r_max = max(1, *ranks.values())
     config = AdaLoraConfig(
         init_r=r_max,
-        target_r=min(trained.target_r, r_max),
+        target_r=target_rank,
         lora_alpha=gamma * (r_max + _EPSILON),  # type: ignore[arg-type]  # PEFT takes floats
         # PEFT asks for a schedule, also of adapters that are never trained again.
         total_step=1,
@@ -62,13 +81,7 @@ def export_adalora(
     config.rank_pattern = {
         f"{name}.lora_E": [index < rank for index in range(r_max)] for name, rank in ranks.items()
     }
-    config.modules_to_save = whole_modules(model, adapter_name) or None
-    config.target_modules = short_target_names(model, ranks)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors |= _active_factors(name, layer, adapter_name, gamma)
-    tensors |= other_tensors(model, adapter_name, ranks)
-    return Exported(write_adapter(Path(folder), tensors, config, card), ranks)
+    return config
 
 
 def _active_factors(

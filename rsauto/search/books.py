@@ -104,7 +104,8 @@ class Books:
 
     def place_of(self, record: TrialRecord) -> tuple[Path, str]:
         """Folder and model card of a trial's adapter."""
-        card = trial_card(self.setup.config, self.setup.source.name, record, self.setup.data)
+        config, source, data = self.setup.config, self.setup.source, self.setup.data
+        card = trial_card(config, source.name, record, data, source.fingerprint)
         return self.folder.adapter(record.number), card
 
     def keep_adapters(self) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from huggingface_hub import ModelCard, ModelCardData
-
+from rsauto.card import Subject, model_card
 from rsauto.config import StudyConfig
 from rsauto.data import TokenisedData
+from rsauto.environment import package_versions
 from rsauto.memory.kinds import Prediction
 from rsauto.records import EvalPoint, Outcome, StepPoint, TrialRecord, TrialSpec
 from rsauto.scaling import gamma_r
@@ -169,90 +169,20 @@ def _gamma_r(spec: TrialSpec) -> float:
 
 
 def trial_card(
-    config: StudyConfig,
-    base_name: str,
-    record: TrialRecord,
-    data: TokenisedData,
+    config: StudyConfig, base_name: str, record: TrialRecord, data: TokenisedData, model: str
 ) -> str:
-    """The adapter's README.md: what it is, how it was trained, how to load it."""
-    is_classifier = config.data.task == "SEQ_CLS"
-    metadata = ModelCardData(
-        base_model=None if "/" not in base_name else base_name,
-        library_name="peft",
-        pipeline_tag="text-classification" if is_classifier else "text-generation",
-        tags=["lora", "rsauto"],
-    )
-    base = f"quantised to {record.quant_bits} bits, " if record.quant_bits else ""
-    head = ""
-    if record.head_learning_rate is not None:
-        head = f"| learning rate of the head | {record.head_learning_rate:g} |\n"
-    metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in record.metrics.items())
-    content = f"""---
-{metadata.to_yaml()}
----
-# LoRA adapter, rank {record.rank}{" on average" if record.rank_pattern else ""}
-
-Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
-`{base_name}`, {base}with seed {record.seed}.
-
-The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = \
-{record.gamma_r:.6g} it was trained with is folded into the factors.
-
-| trained with | |
-|---|---|
-| method | {record.method} |
-| rank, alpha | {record.rank}, {record.alpha} |
-| learning rate (A), lr_ratio (B/A) | {record.learning_rate:g}, {record.lr_ratio:g} |
-{_rank_rows(record)}{head}\
-| optimizer, schedule | {record.optimizer}, {record.schedule} |
-| steps x batch size | {record.steps} x {record.batch_size} |
-
-| on the validation rows | |
-|---|---|
-| eval_loss | {record.eval_loss:.4f} |
-{metrics}
-```python
-{_loading_code(base_name, data)}
-```
-"""
-    return str(ModelCard(content))
-
-
-def _rank_rows(record: TrialRecord) -> str:
-    """Rows of the card that say how rank is spread, where modules differ."""
-    if record.rank_pattern is None:
-        return ""
-    empty = sum(rank == 0 for rank in record.rank_pattern.values())
-    rows = (
-        f"| ranks of the modules | up to {record.r_max}; {empty} of them are not adapted |\n"
-        f"| a server must allow | rank {record.r_max} |\n"
-    )
-    if record.allocation is not None:
-        rows += (
-            f"| rank at the start | {record.init_rank} in every module |\n"
-            f"| learning rate of lambda | {record.lambda_lr_ratio:g} times that of A |\n"
+    """The README.md of a trial's adapter; ``model`` is the base's fingerprint."""
+    return model_card(
+        Subject(
+            config=config,
+            base_name=base_name,
+            record=record,
+            label_names=data.label_names,
+            pad_token_id=data.pad_token_id,
+            fingerprints={"model": model, "data": data.fingerprint},
+            packages=package_versions(),
         )
-    return rows
-
-
-def _loading_code(base_name: str, data: TokenisedData) -> str:
-    """Python that puts the adapter on its base model."""
-    auto, options = "AutoModelForCausalLM", ""
-    if data.label_names is not None:
-        auto = "AutoModelForSequenceClassification"
-        options = f"""
-    id2label={dict(enumerate(data.label_names))!r},
-    ignore_mismatched_sizes=True,  # of a head with other classes; the adapter brings its own
-    pad_token_id={data.pad_token_id},
-"""
-    name = repr(base_name)
-    imports = f"from peft import PeftModel\nfrom transformers import {auto}\n"
-    if base_name == "embedded":
-        name = "MODEL_DIR"
-        imports += "\nfrom rsauto.embedded import MODEL_DIR\n"
-    return f"""{imports}
-base = {auto}.from_pretrained({name}{"," if options else ""}{options})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+    )
 
 
 def now() -> str:
