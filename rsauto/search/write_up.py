@@ -173,8 +173,12 @@ def trial_card(
     base_name: str,
     record: TrialRecord,
     data: TokenisedData,
+    further_results: str = "",
 ) -> str:
-    """The adapter's README.md: what it is, how it was trained, how to load it."""
+    """The adapter's README.md: what it is, how it was trained, how to load it.
+
+    ``further_results`` are lines of Markdown that follow those on the validation rows.
+    """
     is_classifier = config.data.task == "SEQ_CLS"
     metadata = ModelCardData(
         base_model=None if "/" not in base_name else base_name,
@@ -210,7 +214,7 @@ The files hold plain LoRA of scale 1 (`lora_alpha` = `r`): the factor gamma_r = 
 | on the validation rows | |
 |---|---|
 | eval_loss | {record.eval_loss:.4f} |
-{metrics}
+{metrics}{further_results}
 ```python
 {_loading_code(base_name, data)}
 ```
