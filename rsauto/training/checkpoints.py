@@ -178,14 +178,14 @@ def read_checkpoint(path: Path) -> Snapshot:
     try:
         values = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
         if values["version"] != _VERSION:
-            raise ValueError(f"it was written by another version of rsauto ({values['version']})")
+            raise ValueError(f"it is of another version of rsauto ({values['version']})")
         return Snapshot(
             progress=Progress.from_json(values["progress"]),
             weights=load_file(path / _WEIGHTS),
             moments=load_file(path / _MOMENTS),
             plain_moments=values["plain_moments"],
         )
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
