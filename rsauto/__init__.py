@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rsauto.adapters.export import export_lora
     from rsauto.adapters.optimizers import build_optimizer
     from rsauto.adapters.stock_adalora import export_adalora
-    from rsauto.api import run_study
+    from rsauto.api import run_study, train
     from rsauto.config import StudyConfig
     from rsauto.errors import RsautoError
     from rsauto.exports.run import export
@@ -36,6 +36,7 @@ _HOMES = {
     "export_adalora": "rsauto.adapters.stock_adalora",
     "export_lora": "rsauto.adapters.export",
     "run_study": "rsauto.api",
+    "train": "rsauto.api",
     "StudyConfig": "rsauto.config",
     "RsautoError": "rsauto.errors",
     "Plan": "rsauto.memory.plan",
@@ -66,6 +67,7 @@ __all__ = [
     "plan",
     "run_study",
     "select_rank",
+    "train",
     "trials_of",
 ]
 

@@ -1,4 +1,4 @@
-"""rsauto from Python: run a study, also on a model and data that are already loaded."""
+"""rsauto from Python: run a study, also on a loaded model and data, and train what it found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rsauto import study_file
 from rsauto.config import StudyConfig
+from rsauto.finetuning.request import Request, resolve
+from rsauto.finetuning.run import Finished, training_events
+from rsauto.finetuning.trackers import tracked
 from rsauto.launched import is_follower
+from rsauto.report.choice import Choice
 from rsauto.report.table import Study, load_study
 from rsauto.search.driver import study_events
 from rsauto.search.follow import follow
@@ -48,6 +52,32 @@ def run_study(
     for _ in study_events(checked, folder, storage=storage, objects=objects):
         pass
     return load_study(folder)
+
+
+def train(
+    study: str | Path,
+    *,
+    trial: int | None = None,
+    rank: int | None = None,
+    best: bool = False,
+    out: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains what a study found at full length, without a word, or goes on with it.
+
+    The recommended configuration unless a ``trial``, a ``rank`` or the ``best`` is asked for;
+    ``out`` defaults to <study>/trained/<choice>. ``options`` are further fields of `Request`:
+    steps, epochs, seed, num_evals, save_every, memory_budget, micro_batch_size, track. Returns what
+    record.json holds: the trial's record and, under "test", the results on the test split.
+
+    Raises InputError or BudgetError before anything is trained, StudyInterrupted where the same
+    call would continue, AllTrialsFailedError where the training diverged.
+    """
+    place = None if out is None else Path(out)
+    choice = Choice(trial=trial, rank=rank, best=best)
+    job = resolve(Request(study=Path(study), choice=choice, out=place, **options))
+    (values,) = (e.values for e in tracked(training_events(job), job) if isinstance(e, Finished))
+    return values
 
 
 def _checked(config: StudyConfig | Mapping[str, Any] | str | Path | None) -> StudyConfig:

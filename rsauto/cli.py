@@ -251,6 +251,56 @@ def init(
 
 
 @app.command()
+def train(
+    folder: Folder,
+    trial: Annotated[int | None, typer.Option(help="A trial by its number.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The best trial of this rank.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The trial with the best result.")] = False,
+    recommended: Annotated[
+        bool, typer.Option("--recommended", help="What the report recommends [default].")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps [as in the study].")] = None,
+    epochs: Annotated[float | None, typer.Option(help="The length in epochs instead.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed [the trial's].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to train in [DIR/trained/<choice>].")
+    ] = None,
+    evals: Annotated[int | None, typer.Option(help="Evaluations [as in the study].")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints [a tenth of the run].")
+    ] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Such as 24GiB [the study's].")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Sequences at a time [the largest that fits].")
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train what a study found, at full length. The same command continues an interrupted run."""
+    with _errors_shown():
+        from rsauto.finetuning.request import Request
+        from rsauto.report.choice import Choice
+        from rsauto.train_command import run_training
+
+        request = Request(
+            study=folder,
+            choice=Choice(trial=trial, rank=rank, best=best, recommended=recommended),
+            out=out,
+            steps=steps,
+            epochs=epochs,
+            seed=seed,
+            num_evals=evals,
+            save_every=save_every,
+            memory_budget=memory_budget,
+            micro_batch_size=micro_batch_size,
+            track=tuple(track or ()),
+        )
+        run_training(request, as_json)
+
+
+@app.command()
 def status(folder: Folder, as_json: Json = False) -> None:
     """Where a study stands, also while another terminal runs it."""
     with _errors_shown():

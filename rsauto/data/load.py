@@ -1,4 +1,4 @@
-"""Rows for training and validation, from wherever they are. The test split is never read.
+"""Rows for training and validation, from wherever they are. The test split is never read here.
 
 Validation rows come from, in this order: `validation_file`; `validation_split`; a split called
 validation, valid, val or dev; a tenth of the training rows (at most `validation_rows`), chosen with
@@ -61,7 +61,11 @@ def load_rows(config: DataConfig) -> Splits:
     Raises InputError when something is missing, unreadable, ambiguous or only a test split.
     """
     _refuse_contradictions(config)
-    loaders = split_loaders(config)
+    return chosen_splits(split_loaders(config), config)
+
+
+def chosen_splits(loaders: Loaders, config: DataConfig) -> Splits:
+    """The rows of what `split_loaders` found. Raises InputError as `load_rows` does."""
     test_name = next((name for name in loaders if is_test(name)), None)
     train_name = _train_name(loaders, config)
     validation_name = _validation_name(loaders, config)
@@ -125,7 +129,7 @@ def _test_refused(field: str, name: str) -> str:
 
 def split_loaders(config: DataConfig) -> Loaders:
     if config.name == "embedded":
-        return {name: partial(_embedded, name) for name in ("train", "validation")}
+        return {name: partial(_embedded, name) for name in ("train", "validation", "test")}
     path = Path(config.name).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -263,8 +267,8 @@ def _choose(
     _require_same_names(form, validation)
     order = shuffled(len(validation), random.Random(config.split_seed))
     train_order = shuffled(len(train), random.Random(config.split_seed))
-    validation_rows = _take(validation, order[: config.validation_rows], form)
-    train_rows = _take(train, train_order[: config.max_train_rows], form)
+    validation_rows = rows_at(validation, order[: config.validation_rows], form)
+    train_rows = rows_at(train, train_order[: config.max_train_rows], form)
     return Splits(
         train=train_rows,
         validation=validation_rows,
@@ -313,8 +317,8 @@ def _hold_back(train: Table, form: AnyFormat, config: DataConfig, test_name: str
         labels = train.take(range(len(train)), [form.label])
         order = stratified(order, [str(record.get(form.label)) for record in labels])
     stop = None if config.max_train_rows is None else size + config.max_train_rows
-    held = _take(train, order[:size], form)
-    others = _take(train, order[size:stop], form)
+    held = rows_at(train, order[:size], form)
+    others = rows_at(train, order[size:stop], form)
     known = {row.content for row in held}
     kept = tuple(row for row in others if row.content not in known)
     if not kept:
@@ -338,7 +342,7 @@ def _hold_back(train: Table, form: AnyFormat, config: DataConfig, test_name: str
     )
 
 
-def _take(table: Table, indices: Sequence[int], form: AnyFormat) -> tuple[Row, ...]:
+def rows_at(table: Table, indices: Sequence[int], form: AnyFormat) -> tuple[Row, ...]:
     """The rows at `indices` as text, in the table's order."""
     chosen = sorted(indices)
     numbered = zip((i + 1 for i in chosen), table.take(chosen, form.columns), strict=True)

@@ -68,8 +68,8 @@ def tokenise(
     Raises InputError when truncation leaves no example of a split, or when chats and the chat
     template do not go together.
     """
-    train, train_fit = _tokenise_rows(splits.train, "train", splits, config, tokenizer)
-    validation, validation_fit = _tokenise_rows(
+    train, train_fit = tokenise_rows(splits.train, "train", splits, config, tokenizer)
+    validation, validation_fit = tokenise_rows(
         splits.validation, "validation", splits, config, tokenizer
     )
     return TokenisedData(
@@ -146,7 +146,7 @@ def fingerprint(*splits: Sequence[Example], label_names: Sequence[str] | None = 
     return digest.hexdigest()
 
 
-def _tokenise_rows(
+def tokenise_rows(
     rows: Sequence[Row],
     name: str,
     splits: Splits,

@@ -206,7 +206,6 @@ def _trained(record: TrialRecord, again: dict[str, Any]) -> TrialRecord:
 
 
 def _test_metrics(again: dict[str, Any] | None) -> dict[str, float]:
-    """Numbers of the test split that `rsauto train` wrote, metrics in a part of their own too."""
+    """Numbers of the test split that `rsauto train` wrote."""
     found = (again or {}).get("test") or {}
-    flat = {**found, **(found.get("metrics") or {})}
-    return {k: float(v) for k, v in flat.items() if isinstance(v, (int, float))}
+    return {k: float(v) for k, v in found.items() if k != "rows" and isinstance(v, (int, float))}

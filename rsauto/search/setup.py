@@ -136,13 +136,21 @@ def set_up(config: StudyConfig, objects: Objects | None = None, spread: Spread =
 
     Raises InputError for anything wrong with them, and BudgetError when no rank fits.
     """
+    setup = set_up_unrestricted(config, objects, spread)
+    return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
+
+
+def set_up_unrestricted(
+    config: StudyConfig, objects: Objects | None = None, spread: Spread = ALONE
+) -> Setup:
+    """`set_up` without asking which ranks fit: its space has them all."""
     objects = objects or Objects()
     _check_objective(config)
     _require_shares(config, objects, spread)
     device = pick_device()
     source, data, checks = read(config, objects)
     quant_bits = saved_bits(source.config) or config.model.quant_bits
-    setup = Setup(
+    return Setup(
         config=config,
         device=device,
         source=source,
@@ -156,7 +164,6 @@ def set_up(config: StudyConfig, objects: Objects | None = None, spread: Spread =
         ),
         spread=spread,
     )
-    return replace(setup, space=replace(setup.space, ranks=_feasible_ranks(setup)))
 
 
 def _planner(

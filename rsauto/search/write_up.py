@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -169,7 +170,12 @@ def _gamma_r(spec: TrialSpec) -> float:
 
 
 def trial_card(
-    config: StudyConfig, base_name: str, record: TrialRecord, data: TokenisedData, model: str
+    config: StudyConfig,
+    base_name: str,
+    record: TrialRecord,
+    data: TokenisedData,
+    model: str,
+    test_metrics: Mapping[str, float] | None = None,
 ) -> str:
     """The README.md of a trial's adapter; ``model`` is the base's fingerprint."""
     return model_card(
@@ -181,6 +187,7 @@ def trial_card(
             pad_token_id=data.pad_token_id,
             fingerprints={"model": model, "data": data.fingerprint},
             packages=package_versions(),
+            test_metrics=test_metrics or {},
         )
     )
 

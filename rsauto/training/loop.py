@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ class Diverged(ArithmeticError):
     """A loss or a gradient was no longer a finite number."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """The steps of a run that lie behind it when it is continued."""
+
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    """Of the steps since the last evaluation."""
+    norms: tuple[float, ...] = ()
+
+
+NOTHING_DONE = Done()
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -41,6 +55,7 @@ def train(
     untouched_general_loss: float | None = None,
     allocate: Callable[[int], None] | None = None,
     spread: Spread = ALONE,
+    done: Done = NOTHING_DONE,
 ) -> Iterator[StepPoint]:
     """Trains the adapter of ``model`` as ``spec`` says, yielding once per optimizer step.
 
@@ -50,7 +65,8 @@ def train(
     The data order depends on ``spec.seed`` alone, so trials of one seed see the same batches.
     ``untouched_general_loss`` is the base model's loss on ``data.general``, from which forgetting
     is measured. Where the trial is ``spread``, this is one of the processes that train it; all
-    yield the same, but for the seconds.
+    yield the same, but for the seconds. Steps that are ``done`` are left out: model and optimizer
+    must be as they were after them.
     Raises Diverged at the first loss or gradient that is not finite.
     """
     assert spec.micro_batch_size is not None, "the planner chooses it before training"
@@ -59,9 +75,8 @@ def train(
     steps = [cut(indices, data, spec.micro_batch_size, spread) for indices in order]
     evaluate_after = evaluation_steps(spec.steps, spec.num_evals)
     watched = watched_steps(steps, data, evaluate_after)
-    losses: list[float] = []
-    norms: list[float] = []
-    num_tokens = 0
+    losses, norms = list(done.losses), list(done.norms)
+    num_tokens = sum(num_tokens_of(indices, data) for indices in order[: done.steps])
 
     def update(step: int) -> float:
         """Everything from the summed gradients to the next step; returns their mean norm."""
@@ -76,7 +91,8 @@ def train(
         return norm
 
     model.train()
-    for step, (indices, parts) in enumerate(zip(order, steps, strict=True), start=1):
+    numbered = enumerate(zip(order, steps, strict=True), start=1)
+    for step, (indices, parts) in islice(numbered, done.steps, None):
         begin = time.perf_counter()
         set_learning_rate(optimizer, spec, step - 1)
         with watching(meter, step in watched):
@@ -87,7 +103,7 @@ def train(
         seconds = time.perf_counter() - begin
         losses.append(loss)
         norms.append(norm)
-        num_tokens += sum(len(data.train[i].input_ids) for i in indices)
+        num_tokens += num_tokens_of(indices, data)
 
         evaluation = None
         if step in evaluate_after:
@@ -113,6 +129,11 @@ def train(
             seconds=seconds,
             evaluation=evaluation,
         )
+
+
+def num_tokens_of(indices: Sequence[int], data: TokenisedData) -> int:
+    """Tokens of some training examples."""
+    return sum(len(data.train[i].input_ids) for i in indices)
 
 
 def cut(

@@ -7,7 +7,7 @@ the length of one trial and taken off again, also when the trial fails.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +24,14 @@ from rsauto.adapters.export import export_lora
 from rsauto.adapters.head import initialise_head
 from rsauto.adapters.lora import add_adapter, remove_adapter, trainable_parameters
 from rsauto.adapters.optimizers import build_optimizer
-from rsauto.data import TokenisedData
+from rsauto.data import Example, TokenisedData
 from rsauto.errors import InputError
 from rsauto.memory.measure import PeakMeter
 from rsauto.records import EvalPoint, StepPoint, TrialSpec
-from rsauto.training.evaluate import Evaluation
+from rsauto.training.checkpoints import Progress, Snapshot, restore, restore_moments, snapshot
+from rsauto.training.evaluate import Evaluation, evaluate
 from rsauto.training.flops import training_flops
-from rsauto.training.loop import evaluate_all, train
+from rsauto.training.loop import Done, evaluate_all, train
 from rsauto.training.out_of_memory import OutOfMemory as OutOfMemory
 from rsauto.training.out_of_memory import is_out_of_memory as is_out_of_memory
 from rsauto.training.spread import ALONE, Spread
@@ -62,16 +63,22 @@ class Trial:
         trial.save(folder, card)
     """
 
-    def __init__(self, bench: Bench, spec: TrialSpec) -> None:
+    def __init__(self, bench: Bench, spec: TrialSpec, begun: Snapshot | None = None) -> None:
+        """``begun`` is how far an earlier process came with the very same trial, which alone goes
+        on from there."""
+        before = Progress() if begun is None else begun.progress
         self.bench = bench
         self.spec = spec
-        self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.curve: list[EvalPoint] = []
-        self.last: StepPoint | None = None
-        self.train_seconds = 0.0
+        self.started_at = before.started_at or datetime.now(UTC).isoformat(timespec="seconds")
+        self.curve: list[EvalPoint] = list(before.curve)
+        self.last: StepPoint | None = before.last
+        self.train_seconds = before.train_seconds
         """Wall time in optimizer steps, evaluation and the caller's own time excluded."""
-        self.flops = 0.0
+        self.flops = before.flops
         """Floating-point operations of the steps done so far, see `training_flops`."""
+        self._begun = begun
+        self._peak_before = before.measured_peak_bytes
+        self._since_evaluation: list[StepPoint] = list(before.since_evaluation)
         self._adapted: PeftModel | None = None
         self._meter: PeakMeter | None = None
         self._highest_peak: int | None = None
@@ -106,8 +113,10 @@ class Trial:
             spread.tell(self.spec)
             spread.together(self._prepare)
             for point in self._counted():
+                self._since_evaluation.append(point)
                 if point.evaluation is not None:
                     self.curve.append(point.evaluation)
+                    self._since_evaluation = []
                     self._compare_peaks()
                 self._is_awaited = True
                 yield point
@@ -123,6 +132,8 @@ class Trial:
     def _prepare(self) -> None:
         """Puts the adapter on and builds what trains it."""
         adapted = self._put_on_adapter()
+        if self._begun is not None:
+            restore(adapted, self._begun)
         self._optimizer = build_optimizer(
             adapted,
             name=self.spec.optimizer,
@@ -132,6 +143,8 @@ class Trial:
             head_learning_rate=self.spec.head_learning_rate,
             lambda_lr_ratio=self.spec.lambda_lr_ratio,
         )
+        if self._begun is not None:
+            restore_moments(adapted, self._optimizer, self._begun)
         allocator = allocator_of(adapted) if self.spec.allocation is not None else None
         if allocator is not None:
             allocator.has_buckets = False
@@ -152,6 +165,11 @@ class Trial:
             untouched_general_loss=self.bench.untouched_general_loss,
             allocate=self._allocate,
             spread=self.bench.spread,
+            done=Done(
+                steps=0 if self.last is None else self.last.step,
+                losses=tuple(point.train_loss for point in self._since_evaluation),
+                norms=tuple(point.grad_norm for point in self._since_evaluation),
+            ),
         )
         flops_per_token = training_flops(self._adapted, 1)
         shrinks = self.spec.allocation is not None and self.spec.allocation.recovery == "none"
@@ -173,7 +191,36 @@ class Trial:
             self._highest_peak = max((p for p in peaks if p is not None), default=None)
 
     def _own_peak_bytes(self) -> int | None:
-        return self._meter.peak_bytes if self._meter is not None else None
+        own = self._meter.peak_bytes if self._meter is not None else None
+        known = [peak for peak in (own, self._peak_before) if peak is not None]
+        return max(known, default=None)
+
+    def snapshot(self) -> Snapshot:
+        """The trial as it is between two steps, from which another process can go on."""
+        assert self._adapted is not None, "a trial is kept while it is open"
+        progress = Progress(
+            started_at=self.started_at,
+            last=self.last,
+            since_evaluation=tuple(self._since_evaluation),
+            curve=tuple(self.curve),
+            train_seconds=self.train_seconds,
+            flops=self.flops,
+            measured_peak_bytes=self.measured_peak_bytes,
+        )
+        return snapshot(self._adapted, self._optimizer, progress)
+
+    def evaluate(self, examples: Sequence[Example], batch_size: int) -> Evaluation:
+        """Of rows that the trial has no part in. Raises OutOfMemory."""
+        assert self._adapted is not None, "a trial is evaluated while it is open"
+        pad, device = self.bench.data.pad_token_id, self.bench.device
+        try:
+            return evaluate(
+                self._adapted, examples, batch_size=batch_size, pad_token_id=pad, device=device
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(str(error).split("\n")[0]) from None
 
     def save(self, folder: Path, card: str) -> int:
         """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
