@@ -7,16 +7,15 @@ early but resumable, 5 every trial failed.
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsauto.errors import InputError, RsautoError
+from rsauto.cli_answers import COMMANDS, Json
+from rsauto.cli_errors import errors_shown
+from rsauto.errors import InputError
 from rsauto.garbage import collection_paused
 from rsauto.launched import is_follower
 from rsauto.study_command import quieten_libraries, run_study, run_worker
@@ -34,15 +33,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_HEAVY = frozenset({"torch", "optuna", "transformers", "peft", "datasets", "accelerate"})
-"""Packages that a machine which only reads reports may lack."""
-
 Config = Annotated[
     Path | None,
     typer.Argument(help="Study file (YAML). Without one: the embedded model and task."),
 ]
-Folder = Annotated[Path, typer.Argument(help="A study folder, such as runs/embedded.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +71,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Search rank, alpha and learning rate. The same command continues an interrupted study."""
-    with _errors_shown():
+    with errors_shown():
         if is_follower():
             quieten_libraries()
             from rsauto.search.follow import follow
@@ -103,7 +97,7 @@ def worker(
     ] = None,
 ) -> None:
     """Join a study as one more process, on this or another machine, until it is done."""
-    with _errors_shown():
+    with errors_shown():
         run_worker(target, study)
 
 
@@ -180,7 +174,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what every rank needs before anything is loaded. Options override the study file."""
-    with _errors_shown():
+    with errors_shown():
         from rsauto.plan_command import Request
 
         options = {
@@ -233,7 +227,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the study file.")] = False,
 ) -> None:
     """Look at a model and a dataset, and write a study file with a reason for every line."""
-    with _errors_shown():
+    with errors_shown():
         typer.echo("loading libraries ...", err=True)
         quieten_libraries()
         from rsauto.suggest import Wishes, write_study
@@ -250,141 +244,8 @@ def init(
             typer.echo(line)
 
 
-@app.command()
-def train(
-    folder: Folder,
-    trial: Annotated[int | None, typer.Option(help="A trial by its number.")] = None,
-    rank: Annotated[int | None, typer.Option(help="The best trial of this rank.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="The trial with the best result.")] = False,
-    recommended: Annotated[
-        bool, typer.Option("--recommended", help="What the report recommends [default].")
-    ] = False,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps [as in the study].")] = None,
-    epochs: Annotated[float | None, typer.Option(help="The length in epochs instead.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed [the trial's].")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to train in [DIR/trained/<choice>].")
-    ] = None,
-    evals: Annotated[int | None, typer.Option(help="Evaluations [as in the study].")] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints [a tenth of the run].")
-    ] = None,
-    memory_budget: Annotated[str | None, typer.Option(help="Such as 24GiB [the study's].")] = None,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences at a time [the largest that fits].")
-    ] = None,
-    track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb or trackio; repeatable.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Train what a study found, at full length. The same command continues an interrupted run."""
-    with _errors_shown():
-        from rsauto.finetuning.request import Request
-        from rsauto.report.choice import Choice
-        from rsauto.train_command import run_training
-
-        request = Request(
-            study=folder,
-            choice=Choice(trial=trial, rank=rank, best=best, recommended=recommended),
-            out=out,
-            steps=steps,
-            epochs=epochs,
-            seed=seed,
-            num_evals=evals,
-            save_every=save_every,
-            memory_budget=memory_budget,
-            micro_batch_size=micro_batch_size,
-            track=tuple(track or ()),
-        )
-        run_training(request, as_json)
-
-
-@app.command()
-def status(folder: Folder, as_json: Json = False) -> None:
-    """Where a study stands, also while another terminal runs it."""
-    with _errors_shown():
-        from rsauto.report.table import load_study
-        from rsauto.status import status_lines, status_values
-
-        found = load_study(folder)
-        if as_json:
-            typer.echo(json.dumps(status_values(found)))
-        else:
-            typer.echo("\n".join(status_lines(found)))
-
-
-@app.command()
-def report(folder: Folder) -> None:
-    """Write table, figures and page anew, from the records alone."""
-    with _errors_shown():
-        from rsauto.report.page import write_report
-
-        try:
-            verdict = write_report(folder)
-        except OSError as error:
-            raise InputError(f"{folder}: the report cannot be written: {error}.") from None
-        typer.echo("\n".join(verdict.sentences))
-        typer.echo(f"report       {folder / 'report.html'}")
-
-
-@app.command()
-def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Two study folders or more.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for compare.md, compare.csv and compare.svg.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Put studies side by side: other models, methods or budgets, from their records alone."""
-    with _errors_shown():
-        from rich.console import Console
-
-        from rsauto.compare_view import print_comparison
-        from rsauto.report.compare import comparison, write_comparison
-
-        found = comparison(folders)
-        print_comparison(found, Console(stderr=as_json))
-        for path in write_comparison(found, out) if out is not None else ():
-            typer.echo(f"written      {path}", err=as_json)
-        if as_json:
-            typer.echo(found.rows.to_json(orient="records"))
-
-
-@app.command()
-def export(
-    folder: Folder,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="lora, adalora, merged, axolotl, llamafactory, trl, peft (a script), or card."
-        ),
-    ],
-    trial: Annotated[int | None, typer.Option(help="By its number.")] = None,
-    rank: Annotated[int | None, typer.Option(help="The best trial of a rank.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="The best trial.")] = False,
-    recommended: Annotated[
-        bool, typer.Option("--recommended", help="What the report recommends [this].")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write [DIR/exports/<choice>-<target>].")
-    ] = None,
-    padded: Annotated[
-        bool, typer.Option("--padded", help="Of lora: every module at the largest rank.")
-    ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of weights: float32, bfloat16, float16 [as saved].")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a trial for others to run: an adapter, a merged model, settings, or a model card."""
-    with _errors_shown():
-        from rsauto.export_command import run_export
-        from rsauto.report.choice import Choice
-
-        choice = Choice(trial=trial, rank=rank, best=best, recommended=recommended)
-        run_export(folder, to, choice, as_json, out=out, padded=padded, dtype=dtype, force=force)
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 def run() -> None:
@@ -427,30 +288,3 @@ def _plan(request: PlanRequest, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**found.to_json(), **answered.result}, allow_nan=False))
     require_fit(found)
-
-
-@contextmanager
-def _errors_shown() -> Iterator[None]:
-    """Turns an error meant for the user into one clear message and its exit code."""
-    try:
-        yield
-    except RsautoError as error:
-        typer.echo(f"rsauto: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except ModuleNotFoundError as error:
-        if error.name not in _HEAVY:
-            raise
-        typer.echo(
-            f"rsauto: this command needs {error.name}, which is not installed here; report, status "
-            "and compare run without. Install the whole of it: pip install rsauto",
-            err=True,
-        )
-        raise typer.Exit(2) from None
-    except BrokenPipeError:
-        # Whoever read the output has gone; Python would complain once more when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        typer.echo("rsauto: the output was closed; the same command continues.", err=True)
-        raise typer.Exit(4) from None
-    except KeyboardInterrupt:
-        typer.echo("rsauto: stopped at once; the same command continues.", err=True)
-        raise typer.Exit(4) from None
