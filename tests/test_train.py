@@ -363,6 +363,21 @@ def test_other_data_than_the_studys_are_refused(study: Path, tmp_path: Path) -> 
     assert not (copied / "trained").exists()
 
 
+def test_a_model_is_the_same_that_does_the_same(study: Path, tmp_path: Path) -> None:
+    """Its fingerprint tells of its folder too, which may be another on another machine."""
+    copied = tmp_path / "study"
+    shutil.copytree(study, copied)
+    found = json.loads((copied / "environment.json").read_text())
+    found["fingerprints"]["model"] = "other"
+    (copied / "environment.json").write_text(json.dumps(found))
+    result = train(copied, "--best", "--steps", 2)
+    assert result.exit_code == 0 and "its loss without an adapter is the same" in said(result)
+    found["baseline"]["eval_loss"] *= 1.02
+    (copied / "environment.json").write_text(json.dumps(found))
+    result = train(copied, "--best", "--steps", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "the model changed since the study was made" in said(result)
+
+
 # --------------------------------------------------------------------------- trackers, Python
 
 
@@ -377,7 +392,7 @@ def test_trackers_are_told_the_same_numbers(
     number, out = number_of(study, method="rslora", role="search"), tmp_path / "out"
     options = {"trial": number, "steps": 6, "num_evals": 2, "out": out}
     stopped_at(job_of(study, **options), 3)
-    values = rsauto.train(study, **options, track=installed)
+    values = rsauto.train(study, **options, track=tuple(installed))
     wanted = {line["step"]: line["train_loss"] for line in curve(out) if line["step"] > 3}
     if "tensorboard" in installed:
         logged = tensorboard_values(out / "tensorboard")
