@@ -293,6 +293,37 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
     raise AssertionError("it never came to that")
 
 
+def test_what_runs_out_of_memory_goes_on_in_smaller_parts(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = number_of(study, method="rslora", role="search")
+    options = ("--trial", number, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out")
+    calls = iter([True, True, True, False])
+
+    def full_in_the_fourth_step(*arguments: Any) -> float:
+        if not next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "accumulate_gradients", full_in_the_fourth_step)
+        result = train(study, *options)
+    assert result.exit_code == 3 and "--micro-batch-size 2, which continues" in said(result)
+    result = train(study, *options, "--micro-batch-size", 2)
+    assert result.exit_code == 0 and "continuing after step 2" in said(result)
+    assert "batch 4 as 2 micro-batches of 2" in said(result)
+
+
+def test_a_training_that_diverges_says_at_which_step(study: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "study"
+    shutil.copytree(study, copied)
+    found = records(copied)
+    found[number_of(study, role="default")]["learning_rate"] = 1e30
+    (copied / "trials.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    result = train(copied, "--trial", number_of(study, role="default"))
+    assert result.exit_code == 5 and "the training diverged, step" in said(result)
+
+
 # --------------------------------------------------------------------------- what is refused
 
 
