@@ -293,6 +293,37 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
     raise AssertionError("it never came to that")
 
 
+def test_what_runs_out_of_memory_goes_on_in_smaller_parts(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = number_of(study, method="rslora", role="search")
+    options = ("--trial", number, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out")
+    calls = iter([True, True, True, False])
+
+    def full_in_the_fourth_step(*arguments: Any) -> float:
+        if not next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "accumulate_gradients", full_in_the_fourth_step)
+        result = train(study, *options)
+    assert result.exit_code == 3 and "--micro-batch-size 2, which continues" in said(result)
+    result = train(study, *options, "--micro-batch-size", 2)
+    assert result.exit_code == 0 and "continuing after step 2" in said(result)
+    assert "batch 4 as 2 micro-batches of 2" in said(result)
+
+
+def test_a_training_that_diverges_says_at_which_step(study: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "study"
+    shutil.copytree(study, copied)
+    found = records(copied)
+    found[number_of(study, role="default")]["learning_rate"] = 1e30
+    (copied / "trials.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    result = train(copied, "--trial", number_of(study, role="default"))
+    assert result.exit_code == 5 and "the training diverged, step" in said(result)
+
+
 # --------------------------------------------------------------------------- what is refused
 
 
@@ -363,6 +394,21 @@ def test_other_data_than_the_studys_are_refused(study: Path, tmp_path: Path) -> 
     assert not (copied / "trained").exists()
 
 
+def test_a_model_is_the_same_that_does_the_same(study: Path, tmp_path: Path) -> None:
+    """Its fingerprint tells of its folder too, which may be another on another machine."""
+    copied = tmp_path / "study"
+    shutil.copytree(study, copied)
+    found = json.loads((copied / "environment.json").read_text())
+    found["fingerprints"]["model"] = "other"
+    (copied / "environment.json").write_text(json.dumps(found))
+    result = train(copied, "--best", "--steps", 2)
+    assert result.exit_code == 0 and "its loss without an adapter is the same" in said(result)
+    found["baseline"]["eval_loss"] *= 1.02
+    (copied / "environment.json").write_text(json.dumps(found))
+    result = train(copied, "--best", "--steps", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "the model changed since the study was made" in said(result)
+
+
 # --------------------------------------------------------------------------- trackers, Python
 
 
@@ -377,7 +423,7 @@ def test_trackers_are_told_the_same_numbers(
     number, out = number_of(study, method="rslora", role="search"), tmp_path / "out"
     options = {"trial": number, "steps": 6, "num_evals": 2, "out": out}
     stopped_at(job_of(study, **options), 3)
-    values = rsauto.train(study, **options, track=installed)
+    values = rsauto.train(study, **options, track=tuple(installed))
     wanted = {line["step"]: line["train_loss"] for line in curve(out) if line["step"] > 3}
     if "tensorboard" in installed:
         logged = tensorboard_values(out / "tensorboard")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +24,13 @@ from rsauto.training.checkpoints import Snapshot, checkpoints, read_checkpoint, 
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.loop import Diverged
 from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
-from rsauto.units import bytes_text
+from rsauto.units import bytes_text, value_text
 
 CHECKPOINTS_OF_A_RUN = 10
 """Where no distance between them was asked for."""
+
+SAME_LOSS = 5e-3
+"""Relative difference of an untouched model's loss that other kernels and precisions can make."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,43 @@ def _checked_fingerprints(job: Job, now: dict[str, str]) -> Iterator[Remark]:
             "same cannot be checked"
         )
         return
-    changed = " and the ".join(name for name in now if before.get(name, now[name]) != now[name])
+    changed = _changed(before, now)
     if changed:
         raise InputError(
             f"{job.study.folder}: the {changed} changed since the study was made, so what it found "
-            "need not hold. Put the same files back, set model.revision and data.revision in its "
-            "study.yaml, or run the study again."
+            "need not hold. Put the same files back, set data.revision in its study.yaml, or run "
+            "the study again."
         )
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which of the data differ, in words.
+
+    The model's fingerprint also tells of the folder it lies in and the version of transformers, so
+    that it is compared by what it does, see `checked_model`.
+    """
+    names = [name for name in now if name != "model"]
+    return " and the ".join(name for name in names if before.get(name) != now[name])
+
+
+def checked_model(job: Job, setup: Setup, bench: Bench, batch_size: int) -> Iterator[Remark]:
+    """Raises InputError where the untouched model does not do what the study's did."""
+    study = job.study.environment
+    before = study.get("fingerprints", {}).get("model")
+    if before in (None, setup.source.fingerprint):
+        return
+    expected = (study.get("baseline") or {}).get("eval_loss")
+    found = untouched(bench, batch_size, job.config.training.seed).eval_loss
+    if expected is None or not math.isclose(found, expected, rel_tol=SAME_LOSS):
+        raise InputError(
+            f"{job.study.folder}: the model changed since the study was made: untouched, its loss "
+            f"on the validation rows is {found:.4f}, and was {value_text(expected)}. Put the same "
+            "files back, set model.revision in its study.yaml, or run the study again."
+        )
+    yield Remark(
+        "the model lies elsewhere than when the study was made, or another version of transformers "
+        f"reads it; its loss without an adapter is the same, {found:.4f}"
+    )
 
 
 class _Run:
@@ -150,6 +183,7 @@ class _Run:
         self._stop_if_asked("nothing was trained")
         yield Stage("loading the model")
         bench = self._bench()
+        yield from checked_model(self.job, self.setup, bench, self.prediction.micro_batch_size)
         self._stop_if_asked("nothing was trained")
         yield TrialStarted(self.job.record.number, self.spec, self.prediction)
         with Trial(bench, self.spec, self.kept) as run:
@@ -278,12 +312,10 @@ class _Run:
 def _require_same_inputs(
     folder: OutFolder, begun: dict[str, Any], fingerprints: dict[str, str]
 ) -> None:
-    changed = [
-        name for name in fingerprints if begun["fingerprints"].get(name) != fingerprints[name]
-    ]
+    changed = _changed(begun["fingerprints"], fingerprints)
     if changed:
         raise InputError(
-            f"--out {folder.path}: the {' and the '.join(changed)} changed since this training was "
+            f"--out {folder.path}: the {changed} changed since this training was "
             "begun. Put the same files back, or choose another --out."
         )
 

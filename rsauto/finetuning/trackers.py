@@ -7,8 +7,10 @@ continued goes on in the same run of each.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ from rsauto.records import StepPoint
 from rsauto.search.events import TrialStep
 
 PROJECT = "rsauto"
-"""Of W&B and trackio, unless their own environment variables name another."""
+"""Of W&B, unless WANDB_PROJECT names another, and of trackio."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,6 @@ class Wandb:
     """A run of W&B, under the account and the mode (WANDB_MODE) that wandb itself finds."""
 
     def __init__(self, run: Run) -> None:
-        import os
-
         import wandb
 
         self._run: Any = wandb.init(
@@ -92,24 +92,24 @@ class Trackio:
     """A run of trackio, in its own local store (TRACKIO_DIR)."""
 
     def __init__(self, run: Run) -> None:
-        import os
-
         import trackio
 
-        self._run: Any = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=f"{run.name} {run.training_id[:8]}",
-            resume="allow",
-            config=dict(run.settings),
-            embed=False,
-            auto_log_gpu=False,
-        )
+        self._package: Any = trackio
+        with redirect_stdout(sys.stderr):  # it speaks, and standard output may be for JSON alone
+            trackio.init(
+                project=PROJECT,
+                name=f"{run.name} {run.training_id[:8]}",
+                resume="allow",
+                config=dict(run.settings),
+                embed=False,
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._package.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with redirect_stdout(sys.stderr):
+            self._package.finish()  # not the run's own, after which it is ended once more at exit
 
 
 _KINDS: dict[str, type[TensorBoard] | type[Wandb] | type[Trackio]] = {
