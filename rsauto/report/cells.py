@@ -37,6 +37,10 @@ class Grid:
     """Columns to align to the right."""
     classes: tuple[str, ...] = ()
     """One word a row that says how to colour it, or ''."""
+    names: tuple[str, ...] = ()
+    """Of the columns of the table that it was made of."""
+    keys: tuple[tuple[float | None, ...], ...] = ()
+    """What a row is sorted and filtered by where a column holds numbers; None elsewhere."""
 
 
 _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
@@ -200,7 +204,15 @@ def _grid(
         rows=tuple(zip(*columns, strict=True)),
         is_number=tuple(name in _WORDED or _is_number(frame[name]) for name, _, _ in wording),
         classes=classes,
+        names=tuple(name for name, _, _ in wording),
+        keys=tuple(zip(*(_keys(frame[name]) for name, _, _ in wording), strict=True)),
     )
+
+
+def _keys(column: pd.Series[Any]) -> list[float | None]:
+    if not _is_number(column):
+        return [None] * len(column)
+    return [None if pd.isna(value) else float(value) for value in column]
 
 
 def _is_number(column: pd.Series[Any]) -> bool:
