@@ -44,6 +44,8 @@ class Grid:
 
 
 _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
+_BEFORE_THE_REST = ("fidelity", "smallest_budget_bytes", "predicted_peak_bytes",
+                    "measured_peak_bytes", "flops", "train_seconds")  # fmt: skip
 _TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern", "pack_id"})
 """Of the list of trials: other names of its columns, a pattern, which is a figure, and the name of
 a pack, which says nothing to people."""
@@ -125,9 +127,10 @@ def _finished(ranks: pd.DataFrame) -> list[str]:
 def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
     """Every trial: what it is and how it ended first, then the columns that tell trials apart."""
     first = [*_ALWAYS, *([objective] if objective in trials.columns else [])]
+    costs = [name for name in _BEFORE_THE_REST if name in trials.columns]
     rest = [
         str(name)
-        for name in trials.columns
+        for name in dict.fromkeys([*costs, *trials.columns])
         if name not in first and name not in _TOLD_ELSEWHERE and _differs(trials, str(name))
     ]
     wording = tuple(

@@ -162,8 +162,6 @@ def _faint(name: str, rest: Sequence[TrialRecord], quantity: _Quantity, colour: 
         x=tuple(x[:-1]),
         y=tuple(y[:-1]),
         colour=colour,
-        symbol="circle",
-        size=3.0,
         width=1.0,
         dash="solid" if _is_whole(rest[0]) else "dot",
         opacity=0.4,

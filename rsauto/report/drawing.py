@@ -55,7 +55,8 @@ def _layers(panel: Panel) -> Figure:
     for layer in panel.layers:
         _draw(axes, layer)
     _dress(axes, panel)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if any(layer.in_legend for layer in panel.layers):
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

@@ -1,6 +1,6 @@
-// The figures: drawn one after the other, so that the page can be used before the last is there.
+// The figures, each drawn when it comes near the window: the page can be used before they are there.
 (function () {
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const { texts, figures } = JSON.parse(document.getElementById("figures").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const plots = Object.fromEntries(
     Object.keys(figures).map((key) => [key, document.getElementById("plot-" + key)]),
@@ -13,33 +13,52 @@
     showSendToCloud: false, plotlyServerURL: "",
   };
 
-  // Plotly knows no style sheet: its text follows the page's colours by hand.
-  function colours(isDark) {
+  // Plotly knows no style sheet: its text follows the page's colours by hand, and the darkest blue
+  // of the palette, which a dark page would swallow, is lightened.
+  const BLUE = "#0072B2", LIGHT_BLUE = "#2E93DB";
+
+  // Texts of points stand in the page once, however many figures show them.
+  for (const { data } of Object.values(figures)) {
+    for (const trace of data) {
+      if (typeof trace.text?.[0] === "number") trace.text = trace.text.map((at) => texts[at]);
+    }
+  }
+
+  function dressed(figure, isDark) {
     const ink = isDark ? "#c9d0d8" : "#3a424c";
     const card = isDark ? "#1c2026" : "#ffffff";
+    const { font, hoverlabel, xaxis, yaxis, ...rest } = figure.layout;
     return {
-      "font.color": ink, "hoverlabel.bgcolor": card, "hoverlabel.font.color": ink,
-      "xaxis.linecolor": ink, "yaxis.linecolor": ink,
-      "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": ink, "modebar.activecolor": ink,
+      data: isDark ? figure.data.map(lightened) : figure.data,
+      layout: {
+        ...rest,
+        font: { ...font, color: ink },
+        hoverlabel: { ...hoverlabel, bgcolor: card, font: { color: ink } },
+        xaxis: { ...xaxis, linecolor: ink },
+        yaxis: { ...yaxis, linecolor: ink },
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: ink },
+      },
     };
   }
 
-  function dressed(layout, isDark) {
-    for (const [path, colour] of Object.entries(colours(isDark))) {
-      const [last, ...above] = path.split(".").reverse();
-      const part = above.reverse().reduce((inside, name) => (inside[name] ??= {}), layout);
-      part[last] = colour;
+  function lightened(trace) {
+    const found = { ...trace };
+    if (found.fillcolor === BLUE) found.fillcolor = LIGHT_BLUE;
+    for (const part of ["line", "marker", "error_y"]) {
+      if (found[part]?.color === BLUE) found[part] = { ...found[part], color: LIGHT_BLUE };
+      if (found[part]?.line?.color === BLUE) {
+        found[part] = { ...found[part], line: { ...found[part].line, color: LIGHT_BLUE } };
+      }
     }
-    return layout;
+    return found;
   }
 
   function draw(key, isDark) {
     if (drawn.has(key)) return null;
     drawn.add(key);
-    const plot = plots[key];
-    const figure = figures[key];
-    const made = Plotly.newPlot(plot, figure.data, dressed(figure.layout, isDark), settings);
-    plot.on("plotly_click", (event) => {
+    const { data, layout } = dressed(figures[key], isDark);
+    const made = Plotly.newPlot(plots[key], data, layout, settings);
+    plots[key].on("plotly_click", (event) => {
       const said = /^trial (\d+)/.exec(event.points[0].text || "");
       if (said && window.showTrial) window.showTrial(Number(said[1]));
     });
@@ -47,37 +66,43 @@
   }
 
   function dress(isDark) {
-    drawn.forEach((key) => Plotly.relayout(plots[key], colours(isDark)));
+    drawn.forEach((key) => {
+      const { data, layout } = dressed(figures[key], isDark);
+      Plotly.react(plots[key], data, layout, settings);
+    });
   }
 
-  async function drawAll() {
-    for (const key of Object.keys(plots)) {
-      if (plots[key].closest(".pane").hidden) continue;
-      await draw(key, dark.matches);
-      await new Promise((next) => setTimeout(next));
-    }
-    performance.mark("figures ready");
-    document.documentElement.dataset.ready = "yes";
-  }
+  const watcher = new IntersectionObserver((entries) => {
+    const near = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
+    near.reduce((before, pane) => before.then(() => {
+      watcher.unobserve(pane);
+      draw(pane.dataset.key, dark.matches);
+      return new Promise((next) => setTimeout(next));
+    }), Promise.resolve()).then(() => {
+      performance.mark("figures ready");
+      document.documentElement.dataset.ready = "yes";
+    });
+  }, { rootMargin: "300px" });
+  document.querySelectorAll(".pane").forEach((pane) => watcher.observe(pane));
 
   document.querySelectorAll(".switch").forEach((choice) => {
     choice.addEventListener("change", (event) => {
       choice.closest("figure").querySelectorAll(".pane").forEach((pane) => {
         pane.hidden = pane.dataset.key !== event.target.value;
       });
-      draw(event.target.value, dark.matches);
-      Plotly.Plots.resize(plots[event.target.value]);
+      // It may have been drawn for another width.
+      if (!draw(event.target.value, dark.matches)) Plotly.Plots.resize(plots[event.target.value]);
     });
   });
   dark.addEventListener("change", (event) => dress(event.matches));
-  // On paper every figure of a switch is there, in the colours of a light page.
+  // On paper every figure is there, those of a switch too, in the colours of a light page.
   window.addEventListener("beforeprint", () => {
     dress(false);
     document.querySelectorAll(".pane[hidden]").forEach((pane) => {
       pane.hidden = false;
       pane.dataset.paper = "only";
-      draw(pane.dataset.key, false);
     });
+    Object.keys(plots).forEach((key) => draw(key, false));
   });
   window.addEventListener("afterprint", () => {
     document.querySelectorAll(".pane[data-paper]").forEach((pane) => {
@@ -86,5 +111,4 @@
     });
     dress(dark.matches);
   });
-  drawAll();
 })();

@@ -27,7 +27,7 @@ from rsauto.report.rank_map import rank_map
 from rsauto.report.rate_figure import rates_panel
 from rsauto.report.rate_map import rate_map
 from rsauto.report.table import table
-from rsauto.report.trial_layers import AT_THE_EDGE, Axes, Scale
+from rsauto.report.trial_layers import AT_THE_EDGE, Axes, Scale, with_hover
 from rsauto.report.verdict import Verdict
 from rsauto.report.wording import noise_remark
 from rsauto.units import method_text, objective_text
@@ -38,6 +38,7 @@ def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel | He
     trials = table(records)
     if verdict.objective not in trials.columns or trials[verdict.objective].notna().sum() == 0:
         return ()
+    trials = with_hover(trials, verdict.objective)
     found = (
         *fronts(trials, verdict),
         _by_rank(trials, verdict),

@@ -35,6 +35,8 @@ def interactive(panel: Panel | HeatMap) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": GREY},
         hoverlabel={"align": "left"},
+        # What was hidden or zoomed stays so when the page changes its colours.
+        uirevision="kept",
     )
     return figure
 

@@ -110,9 +110,7 @@ def page(
         trials=trial_grid(study.trials, verdict.objective),
         choices=_choices(study.trials),
         figures=_groups(shown),
-        figure_json=_script_json(
-            {panel.key: interactive(panel).to_plotly_json() for panel in shown}
-        ),
+        figure_json=_script_json(_figures(shown)),
         plotly=Markup(get_plotlyjs()) if shown else "",
         environment=_flat(study.environment),
         configuration=study_file.dump(study.config),
@@ -123,6 +121,18 @@ def page(
 
 def _source(name: str) -> str:
     return resources.files("rsauto.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _figures(shown: Sequence[Panel | HeatMap]) -> dict[str, Any]:
+    """What the page draws, by key, and the texts of the points, which several figures share: each
+    trace has their places in ``texts``."""
+    figures = {panel.key: interactive(panel).to_plotly_json() for panel in shown}
+    places: dict[str, int] = {}
+    for figure in figures.values():
+        for trace in figure["data"]:
+            if trace.get("text") and trace["mode"] != "text":
+                trace["text"] = [places.setdefault(text, len(places)) for text in trace["text"]]
+    return {"texts": list(places), "figures": figures}
 
 
 def _groups(shown: Sequence[Panel | HeatMap]) -> list[list[Panel | HeatMap]]:

@@ -20,7 +20,7 @@ METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora":
 METHOD_DASHES: dict[str, Dash] = {"lora": "dash", "adalora": "dot", "rsadalora": "dashdot"}
 """Of lines; solid for rsLoRA."""
 RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
-RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "down")
+RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "star")
 
 
 def rank_looks(ranks: Iterable[int]) -> dict[int, tuple[str, Symbol]]:

@@ -40,12 +40,13 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     for (low, *_), (high, colour, size) in pairwise([(-1.0, "", 0.0), *_BANDS]):
         band = done[(behind > low) & (behind <= high)]
         name = f"within {percent_text(high)}" if high < 1 else f"over {percent_text(low)} worse"
-        for number, (method, rows) in enumerate(band.groupby("method")):
-            layer = _at_rates(axes, name, rows)
-            symbol = _SYMBOLS.get(str(method), "circle")
-            layers.append(
-                replace(layer, colour=colour, size=size, symbol=symbol, in_legend=number == 0)
-            )
+        is_first = True
+        for method, symbol in _SYMBOLS.items():
+            layer = _at_rates(axes, name, band[band["method"] == method])
+            if layer.x:
+                look = replace(layer, colour=colour, size=size, symbol=symbol)
+                layers.append(replace(look, in_legend=is_first))
+                is_first = False
     rest = trials.drop(index=done.index)
     for outcome, (symbol, colour) in UNFINISHED.items():
         layer = _at_rates(axes, outcome, rest[rest["outcome"] == outcome])
@@ -61,7 +62,7 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         f"and the bluer the better. {_symbols_told(done)}What did not finish is drawn open.",
         x_label="rank",
         y_label="learning rate",
-        layers=tuple(layer for layer in reversed(layers) if layer.x),
+        layers=tuple(layer for layer in layers if layer.x),
         x_is_log=True,
         x_ticks=tuple((float(rank), str(rank)) for rank in sorted(set(trials["rank"]))),
         y_is_log=True,

@@ -82,9 +82,9 @@ def memory_sentence(ranks: pd.DataFrame, verdict: Verdict) -> str | None:
         text += f" at micro-batch {chosen.micro_batch_size}"
     measured = chosen.measured_peak_bytes or _measured_of_its_rank(ranks, verdict)
     if measured is None:
-        text += " and was not measured, since it was trained in packs only"
+        text += " and was not measured"
     else:
-        text += f" and was measured to be {bytes_text(measured)} ({measured / predicted - 1:+.1%})"
+        text += f", and {bytes_text(measured)} were measured ({measured / predicted:.1%} of that)"
     if chosen.smallest_budget_bytes is not None:
         text += f"; it can be trained in {bytes_text(chosen.smallest_budget_bytes)}"
     return f"{text}."

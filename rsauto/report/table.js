@@ -7,13 +7,23 @@
   const rows = Array.from(body.rows);
   const heads = Array.from(table.tHead.rows[0].cells);
   const names = heads.map((head) => head.dataset.name);
-  const texts = rows.map((row) => row.textContent.toLowerCase());
-  // Cells by column: numbers as they were, not as they are worded; null where there is none.
-  const columns = heads.map((head, at) => rows.map((row) => {
-    const cell = row.cells[at];
-    if (cell.dataset.v !== undefined) return Number(cell.dataset.v);
-    return cell.textContent === "-" ? null : cell.textContent;
-  }));
+  const texts = rows.map(() => null);
+  const columns = heads.map(() => null);
+
+  // Both are read from the page when they are first asked for.
+  function text(n) {
+    return texts[n] ??= rows[n].textContent.toLowerCase();
+  }
+
+  // Cells of a column: numbers as they were, not as they are worded; null where there is none.
+  function column(at) {
+    return columns[at] ??= rows.map((row) => {
+      const cell = row.cells[at];
+      const number = cell.getAttribute("data-v");
+      if (number !== null) return Number(number);
+      return cell.textContent === "-" ? null : cell.textContent;
+    });
+  }
 
   function compare(a, b) {
     if (a === null || b === null) return (a === null) - (b === null);
@@ -24,7 +34,7 @@
     const down = heads[at].getAttribute("aria-sort") === "ascending";
     heads.forEach((head) => head.removeAttribute("aria-sort"));
     heads[at].setAttribute("aria-sort", down ? "descending" : "ascending");
-    const values = columns[at];
+    const values = column(at);
     const order = rows.map((_, n) => n).sort((a, b) => {
       if (values[a] === null || values[b] === null) return compare(values[a], values[b]);
       return down ? compare(values[b], values[a]) : compare(values[a], values[b]);
@@ -50,17 +60,18 @@
   function term(word) {
     const parts = /^([a-z_0-9]+)(<=|>=|<|>|=)(.+)$/.exec(word);
     const at = parts ? names.indexOf(parts[1]) : -1;
-    if (at < 0) return (n) => texts[n].includes(word);
+    if (at < 0) return (n) => text(n).includes(word);
     const limit = bound(parts[3]);
-    return (n) => columns[at][n] !== null && TESTS[parts[2]](columns[at][n], limit);
+    const values = column(at);
+    return (n) => values[n] !== null && TESTS[parts[2]](values[n], limit);
   }
 
   function filter() {
     const words = form.elements.words.value.toLowerCase().trim().split(/\s+/).filter(Boolean);
     const tests = words.map(term);
     form.querySelectorAll("select").forEach((select) => {
-      const at = names.indexOf(select.name);
-      if (select.value) tests.push((n) => columns[at][n] === select.value);
+      const values = select.value ? column(names.indexOf(select.name)) : null;
+      if (values) tests.push((n) => values[n] === select.value);
     });
     let count = 0;
     rows.forEach((row, n) => {
@@ -73,7 +84,7 @@
 
   // Where a figure's point leads: its trial's row.
   window.showTrial = function (number) {
-    const row = rows[columns[0].indexOf(number)];
+    const row = rows[column(0).indexOf(number)];
     if (!row) return;
     if (row.hidden) {
       form.reset();

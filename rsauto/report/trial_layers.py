@@ -50,6 +50,11 @@ _KINDS: tuple[tuple[str, Symbol, str], ...] = (
 """Trials that finished: what sort, how drawn, and called in the legend."""
 
 
+_TOLD = ("number", "outcome", "seed", "method", "refit", "rank", "init_rank", "r_max", "alpha",
+         "learning_rate", "predicted_peak_bytes", "measured_peak_bytes", "flops", "train_seconds",
+         "engine", "pack_size")  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """The part of the objective's axis worth seeing, and the edge where the rest is drawn."""
@@ -107,7 +112,7 @@ class Axes:
             x=tuple(float(v) / self.divisor for v in rows[self.x]),
             y=tuple(self.scale.place(v) for v in values),
             colour=GREY,
-            hover=hover_texts(rows, self.verdict.objective),
+            hover=tuple(rows["hover"]),
         )
 
     def trials(self, trials: pd.DataFrame) -> list[Layer]:
@@ -162,10 +167,16 @@ class Axes:
         return layers
 
 
-def hover_texts(rows: pd.DataFrame, objective: str) -> tuple[str, ...]:
-    """Lines about each trial, joined by newlines."""
-    plain = rows.astype(object).where(rows.notna(), None)
-    return tuple(_hover(row, objective) for row in plain.to_dict("records"))
+def with_hover(trials: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """The table with a column ``hover``: lines about each trial, joined by newlines. Made once for
+    all figures."""
+    columns = {name: _plain(trials[name]) for name in (*_TOLD, objective)}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return trials.assign(hover=[_hover(row, objective) for row in rows])
+
+
+def _plain(column: pd.Series[Any]) -> list[Any]:
+    return [None if pd.isna(value) else value for value in column.tolist()]
 
 
 def _hover(row: dict[Any, Any], objective: str) -> str:
