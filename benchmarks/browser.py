@@ -87,10 +87,14 @@ class Page:
     def open(self, path: Path, until: str) -> None:
         """Loads a file and waits until an expression of the page is true."""
         self.send("Page.navigate", url=path.resolve().as_uri())
+        self.wait(f"document.readyState === 'complete' && Boolean({until})", f"{path} is ready")
+
+    def wait(self, condition: str, told: str) -> None:
+        """Until an expression is true. Raises TimeoutError, with what was waited for."""
         end = time.monotonic() + self._patience
-        while not self.run(f"document.readyState === 'complete' && Boolean({until})"):
+        while not self.run(condition):
             if time.monotonic() > end:
-                raise TimeoutError(f"{path} is not ready; {self.complaints()}")
+                raise TimeoutError(f"waited in vain until {told}; {self.complaints()}")
             time.sleep(0.02)
 
     def complaints(self) -> list[str]:
@@ -143,7 +147,7 @@ class Page:
 
 
 @contextmanager
-def opened(program: str, patience: float = 120.0) -> Iterator[Page]:
+def opened(program: str, patience: float = 60.0) -> Iterator[Page]:
     """A tab of a new browser with a profile of its own; both are gone afterwards."""
     (its_read, our_write), (our_read, its_write) = os.pipe(), os.pipe()
     # Out of the way of 3 and 4, on which the browser's own process lays them.
