@@ -140,7 +140,7 @@ def test_hostile_text_is_escaped_wherever_it_may_come_from(tmp_path: Path) -> No
     assert figures is not None
     # Nothing was measured in these records, and they are too few for importance.
     missing = {"predictions", "importance", "time"}
-    assert set(json.loads(figures[1])["figures"]) == {*FIGURES} - missing
+    assert set(json.loads(figures[1])) == {*FIGURES} - missing
     assert "<script>" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rsauto.records import TrialRecord
+from rsauto.records import Method, TrialRecord
 from rsauto.report.panel import METHOD_DASHES, Layer, Panel, rank_looks
 from rsauto.report.table import is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.units import method_text, rate_text, value_text
 
-_Kind = tuple[int, str, bool]
+_Kind = tuple[int, Method, bool]
 """Rank, method, and whether it is a refit."""
 
 
@@ -81,7 +81,8 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
         for is_whole in (True, False):
             rest = [r for r in group if r is not best[kind] and _is_whole(r) == is_whole]
             if rest:
-                faint.append(_faint(_name(kind), rest, quantity, looks[kind[0]][0]))
+                line = _faint(_name(kind), rest, quantity, looks[kind[0]][0])
+                faint.append(replace(line, opacity=0.4 if len(records) <= 100 else 0.15))
     strong = [_strong(kind, record, quantity) for kind, record in best.items()]
     shown = [
         replace(layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1])
@@ -164,7 +165,6 @@ def _faint(name: str, rest: Sequence[TrialRecord], quantity: _Quantity, colour: 
         colour=colour,
         width=1.0,
         dash="solid" if _is_whole(rest[0]) else "dot",
-        opacity=0.4,
         hover=tuple(hover[:-1]),
         in_legend=False,
     )

@@ -1,6 +1,8 @@
 // The figures, each drawn when it comes near the window: the page can be used before they are there.
 (function () {
-  const { texts, figures } = JSON.parse(document.getElementById("figures").textContent);
+  const [figures, texts] = ["figures", "texts"].map(
+    (id) => JSON.parse(document.getElementById(id).textContent),
+  );
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const plots = Object.fromEntries(
     Object.keys(figures).map((key) => [key, document.getElementById("plot-" + key)]),

@@ -12,7 +12,7 @@ from rsauto.report.table import cost_bytes
 from rsauto.report.trial_layers import AT_THE_EDGE, Axes, Scale
 from rsauto.report.verdict import Verdict
 from rsauto.report.wording import noise_remark
-from rsauto.units import byte_unit, bytes_text, objective_text
+from rsauto.units import byte_unit, bytes_text, objective_text, value_text
 
 _FRONT = "The line joins the trials that no other beats in both."
 
@@ -87,6 +87,7 @@ def _front(trials: pd.DataFrame, verdict: Verdict, scale: Scale, cost: _Cost) ->
         group="front",
         tab=cost.tab,
         title=f"What {cost.tab.lower()} buys: {name} against {cost.tab.lower()}",
+        finding=f"Along the front: {_told(line, unit)}." if line.x else "",
         caption=f"{cost.caption} {_FRONT} {noise_remark(verdict)} {AT_THE_EDGE}{told}",
         x_label=cost.x_label.format(unit),
         y_label=name,
@@ -95,6 +96,12 @@ def _front(trials: pd.DataFrame, verdict: Verdict, scale: Scale, cost: _Cost) ->
         x_limit=None if limit is None else limit / divisor,
         x_limit_name="memory budget",
     )
+
+
+def _told(front: Layer, unit: str) -> str:
+    """'20.4 MiB 2.351, 23.4 MiB 1.974', as many points as can be listened to."""
+    points = list(zip(front.x, front.y, strict=True))[-12:]
+    return ", ".join(f"{x:.3g} {unit} {value_text(y)}" for x, y in points)
 
 
 def _budget(verdict: Verdict, cost: _Cost, largest: float) -> tuple[int | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from rsauto import atomic, study_file
@@ -91,9 +92,11 @@ def page(
     study: Study, verdict: Verdict, ranks: pd.DataFrame, shown: Sequence[Panel | HeatMap]
 ) -> str:
     """report.html: one file that opens offline, everything that it shows escaped."""
+    figures, texts = _figures(shown)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["unbroken"] = _unbroken
     return environment.from_string(_source("page.html.j2")).render(
         study=study,
         verdict=verdict,
@@ -110,7 +113,8 @@ def page(
         trials=trial_grid(study.trials, verdict.objective),
         choices=_choices(study.trials),
         figures=_groups(shown),
-        figure_json=_script_json(_figures(shown)),
+        figure_json=_script_json(figures),
+        text_json=_script_json(texts),
         plotly=Markup(get_plotlyjs()) if shown else "",
         environment=_flat(study.environment),
         configuration=study_file.dump(study.config),
@@ -119,20 +123,27 @@ def page(
     )
 
 
+def _unbroken(text: str) -> Markup:
+    """Text in which no learning rate is broken at its hyphen."""
+    parts = re.split(r"(\d+(?:\.\d+)?e-\d+)", text)
+    rate = Markup('<span class="unbroken">{}</span>')
+    return Markup("").join(rate.format(p) if n % 2 else escape(p) for n, p in enumerate(parts))
+
+
 def _source(name: str) -> str:
     return resources.files("rsauto.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _figures(shown: Sequence[Panel | HeatMap]) -> dict[str, Any]:
-    """What the page draws, by key, and the texts of the points, which several figures share: each
-    trace has their places in ``texts``."""
+def _figures(shown: Sequence[Panel | HeatMap]) -> tuple[dict[str, Any], list[str]]:
+    """What the page draws, by key, and the texts of points: several figures show the same ones, so
+    a trace has only their places in the list."""
     figures = {panel.key: interactive(panel).to_plotly_json() for panel in shown}
     places: dict[str, int] = {}
     for figure in figures.values():
         for trace in figure["data"]:
             if trace.get("text") and trace["mode"] != "text":
                 trace["text"] = [places.setdefault(text, len(places)) for text in trace["text"]]
-    return {"texts": list(places), "figures": figures}
+    return figures, list(places)
 
 
 def _groups(shown: Sequence[Panel | HeatMap]) -> list[list[Panel | HeatMap]]:

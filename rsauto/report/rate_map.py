@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 
@@ -57,7 +58,7 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     return Panel(
         key="rate_map",
         title=f"Map of rank and learning rate: {name}",
-        finding=_finding(done.loc[behind.idxmin()], name),
+        finding=_finding(done.iloc[int(behind.argmin())], name),
         caption=f"Full-length trials by how much worse their {name} is than the best: the larger "
         f"and the bluer the better. {_symbols_told(done)}What did not finish is drawn open.",
         x_label="rank",
@@ -76,9 +77,9 @@ def _at_rates(axes: Axes, name: str, rows: pd.DataFrame) -> Layer:
     return replace(layer, y=tuple(float(rate) for rate in rows["learning_rate"]), colour=GREY)
 
 
-def _finding(best: pd.Series[object], name: str) -> str:
-    rate = rate_text(float(str(best["learning_rate"])))
-    return f"The lowest {name} of a single trial is at rank {best['rank']}, learning rate {rate}."
+def _finding(best: pd.Series[Any], name: str) -> str:
+    rate = rate_text(float(best["learning_rate"]))
+    return f"The best {name} of a single trial is at rank {best['rank']}, learning rate {rate}."
 
 
 def _symbols_told(done: pd.DataFrame) -> str:
@@ -87,4 +88,5 @@ def _symbols_told(done: pd.DataFrame) -> str:
         return ""
     told = {"circle": "discs", "square": "squares", "up": "triangles", "diamond": "diamonds"}
     named = [f"{told[_SYMBOLS[method]]} are {method_text(method)}" for method in methods]
-    return f"{', '.join(named).capitalize()}. ".replace("lora", "LoRA")
+    text = ", ".join(named)
+    return f"{text[0].upper()}{text[1:]}. "

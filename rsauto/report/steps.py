@@ -26,12 +26,15 @@ class Step:
 
     direction: Literal["up", "down"]
     """Towards more memory, or towards less."""
-    setting: str
+    setting: str | None
+    """None where there is no such step."""
     sentence: str
     """'costs 13.5 MiB more memory and buys ...', without what is compared."""
 
     @property
     def title(self) -> str:
+        if self.setting is None:
+            return f"No step {self.direction}:"
         return f"One step {self.direction}: {self.setting}"
 
 
@@ -40,7 +43,7 @@ def steps(ranks: pd.DataFrame, verdict: Verdict) -> tuple[Step, ...]:
 
     ``ranks`` is the table of ``rank_table``: every rank at its best configuration, a mean over its
     seeds. Up is what needs least memory of all that is better and fits, down the best of all that
-    needs less memory; each is left out where there is none.
+    needs less memory. Nothing where no recommendation has a known need of memory.
     """
     chosen = verdict.standings.get("recommended")
     if chosen is None or chosen.need_bytes is None:
@@ -51,16 +54,18 @@ def steps(ranks: pd.DataFrame, verdict: Verdict) -> tuple[Step, ...]:
     better = _gains(rows, chosen, verdict) > 0
     above = rows[(rows["cost"] > chosen.need_bytes) & better]
     below = rows[rows["cost"] < chosen.need_bytes]
-    found = []
-    if not below.empty:
-        order = ["objective", "cost"]
-        best = below.sort_values(order, ascending=[verdict.minimize, True], kind="stable").iloc[0]
-        found.append(_step("down", best, chosen, verdict))
-    if not above.empty:
-        order = ["cost", "objective"]
-        next_ = above.sort_values(order, ascending=[True, verdict.minimize], kind="stable").iloc[0]
-        found.append(_step("up", next_, chosen, verdict))
-    return tuple(found)
+    return (
+        _step("down", below, ["objective", "cost"], chosen, verdict)
+        or Step(
+            direction="down", setting=None, sentence="nothing that was tried needs less memory"
+        ),
+        _step("up", above, ["cost", "objective"], chosen, verdict)
+        or Step(
+            direction="up",
+            setting=None,
+            sentence="nothing that was tried and fits is better for more memory",
+        ),
+    )
 
 
 def headline(ranks: pd.DataFrame, verdict: Verdict) -> tuple[str, ...]:
@@ -86,7 +91,8 @@ def memory_sentence(ranks: pd.DataFrame, verdict: Verdict) -> str | None:
     else:
         text += f", and {bytes_text(measured)} were measured ({measured / predicted:.1%} of that)"
     if chosen.smallest_budget_bytes is not None:
-        text += f"; it can be trained in {bytes_text(chosen.smallest_budget_bytes)}"
+        least = bytes_text(chosen.smallest_budget_bytes)
+        text += f"; the smallest budget it can be trained in is {least}"
     return f"{text}."
 
 
@@ -113,8 +119,17 @@ def _gains(rows: pd.DataFrame, chosen: Standing, verdict: Verdict) -> pd.Series[
 
 
 def _step(
-    direction: Literal["up", "down"], row: pd.Series[Any], chosen: Standing, verdict: Verdict
-) -> Step:
+    direction: Literal["up", "down"],
+    rows: pd.DataFrame,
+    order: list[str],
+    chosen: Standing,
+    verdict: Verdict,
+) -> Step | None:
+    """The first of the rows in that order, None of no rows."""
+    if rows.empty:
+        return None
+    least_first = [name == "cost" or verdict.minimize for name in order]
+    row = rows.sort_values(order, ascending=least_first, kind="stable").iloc[0]
     name = method_text(str(row["method"]), is_refit=bool(row["refit"]))
     rate = rate_text(float(row["learning_rate"]))
     return Step(
