@@ -55,8 +55,16 @@
     return found;
   }
 
+  // Plotly takes longer to start than all else on the page: not before there is something to draw.
+  function start() {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+  }
+
   function draw(key, isDark) {
     if (drawn.has(key)) return null;
+    if (!drawn.size) start();
     drawn.add(key);
     const { data, layout } = dressed(figures[key], isDark);
     const made = Plotly.newPlot(plots[key], data, layout, settings);
