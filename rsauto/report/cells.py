@@ -37,9 +37,15 @@ class Grid:
     """Columns to align to the right."""
     classes: tuple[str, ...] = ()
     """One word a row that says how to colour it, or ''."""
+    names: tuple[str, ...] = ()
+    """Of the columns of the table that it was made of."""
+    keys: tuple[tuple[float | None, ...], ...] = ()
+    """What a row is sorted and filtered by where a column holds numbers; None elsewhere."""
 
 
 _ALWAYS = ("number", "outcome", "role", "method", "rank", "alpha", "learning_rate", "seed")
+_BEFORE_THE_REST = ("fidelity", "smallest_budget_bytes", "predicted_peak_bytes",
+                    "measured_peak_bytes", "flops", "train_seconds")  # fmt: skip
 _TOLD_ELSEWHERE = frozenset({*PEFT_NAMES, "target_rank", "rank_pattern", "pack_id"})
 """Of the list of trials: other names of its columns, a pattern, which is a figure, and the name of
 a pack, which says nothing to people."""
@@ -121,9 +127,10 @@ def _finished(ranks: pd.DataFrame) -> list[str]:
 def trial_grid(trials: pd.DataFrame, objective: str) -> Grid:
     """Every trial: what it is and how it ended first, then the columns that tell trials apart."""
     first = [*_ALWAYS, *([objective] if objective in trials.columns else [])]
+    costs = [name for name in _BEFORE_THE_REST if name in trials.columns]
     rest = [
         str(name)
-        for name in trials.columns
+        for name in dict.fromkeys([*costs, *trials.columns])
         if name not in first and name not in _TOLD_ELSEWHERE and _differs(trials, str(name))
     ]
     wording = tuple(
@@ -213,7 +220,15 @@ def _grid(
         rows=tuple(zip(*columns, strict=True)),
         is_number=tuple(name in _WORDED or _is_number(frame[name]) for name, _, _ in wording),
         classes=classes,
+        names=tuple(name for name, _, _ in wording),
+        keys=tuple(zip(*(_keys(frame[name]) for name, _, _ in wording), strict=True)),
     )
+
+
+def _keys(column: pd.Series[Any]) -> list[float | None]:
+    if not _is_number(column):
+        return [None] * len(column)
+    return [None if pd.isna(value) else float(value) for value in column]
 
 
 def _is_number(column: pd.Series[Any]) -> bool:

@@ -25,7 +25,7 @@ _MARKERS = {
     "plus": "+",
     "ring": "o",
 }
-_DASHES = {"solid": "-", "dash": "--", "dot": ":"}
+_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 # The salt names the elements inside the file and the date would be that of the run: fixed and
 # left out, so that a report made twice differs nowhere. Text stays text, in the reader's own font.
@@ -55,7 +55,8 @@ def _layers(panel: Panel) -> Figure:
     for layer in panel.layers:
         _draw(axes, layer)
     _dress(axes, panel)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if any(layer.in_legend for layer in panel.layers):
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -131,7 +132,7 @@ def _draw(axes: Axes, layer: Layer) -> None:
         color=layer.colour,
         alpha=layer.opacity,
         linestyle=_DASHES[layer.dash] if layer.dash else "none",
-        linewidth=1.6,
+        linewidth=0.8 * layer.width,
         drawstyle="steps-post" if layer.is_step else "default",
         marker=_MARKERS[layer.symbol] if layer.symbol else "none",
         markersize=layer.size * (1.1 if layer.symbol == "star" else 0.75),
@@ -159,6 +160,8 @@ def _dress(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_locator(FixedLocator([at for at, _ in panel.y_ticks]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_yticklabels([_plain(name) for _, name in panel.y_ticks])
+    if panel.x_range is not None:
+        axes.set_xlim(*panel.x_range)
     if panel.y_range is not None:
         axes.set_ylim(*panel.y_range)
     if panel.x_limit is not None:

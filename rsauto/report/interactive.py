@@ -35,6 +35,8 @@ def interactive(panel: Panel | HeatMap) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": GREY},
         hoverlabel={"align": "left"},
+        # What was hidden or zoomed stays so when the page changes its colours.
+        uirevision="kept",
     )
     return figure
 
@@ -129,6 +131,8 @@ def _x_axis(panel: Panel) -> dict[str, Any]:
     axis = _axis(panel.x_label)
     if panel.x_is_log:
         axis["type"] = "log"
+    if panel.x_range is not None:
+        axis["range"] = list(panel.x_range)
     if panel.x_ticks:
         axis["tickvals"] = [at for at, _ in panel.x_ticks]
         axis["ticktext"] = [html.escape(name) for _, name in panel.x_ticks]
@@ -184,8 +188,8 @@ def _trace(layer: Layer) -> go.Scatter:
     is_thin = layer.symbol in ("cross", "plus", "ring", "down")
     return go.Scatter(
         name=html.escape(layer.name),
-        x=list(layer.x),
-        y=list(layer.y),
+        x=_with_gaps(layer.x),
+        y=_with_gaps(layer.y),
         mode="+".join(parts),
         opacity=layer.opacity,
         text=text or None,
@@ -195,7 +199,7 @@ def _trace(layer: Layer) -> go.Scatter:
         error_y=_error(layer),
         line={
             "color": layer.colour,
-            "width": 2,
+            "width": layer.width,
             "dash": layer.dash or "solid",
             "shape": "hv" if layer.is_step else "linear",
         },
@@ -207,3 +211,8 @@ def _trace(layer: Layer) -> go.Scatter:
                      "color": layer.colour if is_thin else "#FFFFFF"},
         },
     )  # fmt: skip
+
+
+def _with_gaps(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no NaN; plotly breaks a line at null."""
+    return [None if math.isnan(value) else value for value in values]

@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import pandas as pd
+
 from rsauto import study_file
-from rsauto.report.cells import Grid, tiles
+from rsauto.report.cells import rank_grid, tiles
 from rsauto.report.notes import endings, notes, token_grid
 from rsauto.report.panel import HeatMap, Panel
+from rsauto.report.steps import headline, steps
 from rsauto.report.table import Study
 from rsauto.report.verdict import Verdict
 from rsauto.report.wording import noise_remark
 
 
-def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
+def markdown(
+    study: Study, verdict: Verdict, ranks: pd.DataFrame, shown: Sequence[Panel | HeatMap]
+) -> str:
     """The verdict, the rank table, the figures, what did not finish, and the study file."""
+    told = [*headline(ranks, verdict)]
+    told += [f"{step.title} {step.sentence}." for step in steps(ranks, verdict)]
+    grid = rank_grid(ranks, verdict)
     parts = [
         f"# {inline(study.config.name)}",
-        "\n".join(f"- {inline(sentence)}" for sentence in verdict.sentences),
+        "\n".join(f"- {inline(sentence)}" for sentence in told),
         pipe_table(
             ("", "", ""),
             [(what, f"**{inline(value)}**", remark) for what, value, remark in tiles(verdict)],
@@ -26,9 +34,9 @@ def markdown(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel 
             is_escaped=True,
         ),
     ]
-    if ranks.rows:
+    if grid.rows:
         parts += ["## What each rank costs and what it buys",
-                  pipe_table(ranks.headers, ranks.rows, ranks.is_number)]  # fmt: skip
+                  pipe_table(grid.headers, grid.rows, grid.is_number)]  # fmt: skip
         parts.append(inline(noise_remark(verdict)))
     parts += [inline(note) for note in notes(study.records, verdict)]
     for panel in shown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from rsauto import atomic, study_file
-from rsauto.report.cells import Grid, rank_grid, tiles, trial_grid
+from rsauto.report.cells import rank_grid, tiles, trial_grid
 from rsauto.report.drawing import drawing
 from rsauto.report.figures import panels
 from rsauto.report.interactive import interactive
@@ -23,12 +24,19 @@ from rsauto.report.markdown import markdown
 from rsauto.report.notes import endings, notes, token_grid
 from rsauto.report.panel import HeatMap, Panel
 from rsauto.report.ranks import rank_table
+from rsauto.report.steps import headline, steps
 from rsauto.report.table import Study, load_study
 from rsauto.report.verdict import Verdict, judge
 from rsauto.report.wording import noise_remark
+from rsauto.units import objective_text
 
-FIGURES = ("memory", "rank", "learning_rate", "rate_law", "rank_map", "curves", "predictions")
+FIGURES = (
+    "memory", "compute", "time", "rank", "curves", "grad_norms", "rate_law", "learning_rate",
+    "rate_map", "importance", "rank_map", "predictions",
+)  # fmt: skip
 """Keys of the panels, names of the files in figures/."""
+
+_CHOSEN_FROM = ("outcome", "role", "method")
 
 
 def write_report(folder: Path) -> Verdict:
@@ -53,7 +61,7 @@ def write_report(folder: Path) -> Verdict:
 def report_files(study: Study, verdict: Verdict) -> dict[str, bytes]:
     """The files of a report by their names in the study folder."""
     shown = panels(study.records, verdict)
-    ranks = rank_grid(rank_table(study.records, verdict), verdict)
+    ranks = rank_table(study.records, verdict)
     return {
         "tradeoff.csv": csv_bytes(study.trials),
         "tradeoff.parquet": parquet_bytes(study.trials),
@@ -80,29 +88,76 @@ def parquet_bytes(trials: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def page(study: Study, verdict: Verdict, ranks: Grid, shown: Sequence[Panel | HeatMap]) -> str:
+def page(
+    study: Study, verdict: Verdict, ranks: pd.DataFrame, shown: Sequence[Panel | HeatMap]
+) -> str:
     """report.html: one file that opens offline, everything that it shows escaped."""
+    figures, texts = _figures(shown)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = resources.files("rsauto.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    environment.filters["unbroken"] = _unbroken
+    return environment.from_string(_source("page.html.j2")).render(
         study=study,
         verdict=verdict,
+        headline=headline(ranks, verdict),
         tiles=tiles(verdict),
+        steps=steps(ranks, verdict),
+        objective=objective_text(verdict.objective),
         endings=endings(study.records),
         errors=[(r.number, r.outcome, r.error) for r in study.records if r.error],
-        ranks=ranks,
+        ranks=rank_grid(ranks, verdict),
         notes=notes(study.records, verdict),
         noise=noise_remark(verdict),
         tokens=token_grid(study.records),
         trials=trial_grid(study.trials, verdict.objective),
-        panels=shown,
-        figures=_script_json({panel.key: interactive(panel).to_plotly_json() for panel in shown}),
+        choices=_choices(study.trials),
+        figures=_groups(shown),
+        figure_json=_script_json(figures),
+        text_json=_script_json(texts),
         plotly=Markup(get_plotlyjs()) if shown else "",
         environment=_flat(study.environment),
         configuration=study_file.dump(study.config),
+        **{name.replace(".", "_"): Markup(_source(name)) for name in ("table.js", "figures.js")},
+        css=Markup(_source("page.css")),
     )
+
+
+def _unbroken(text: str) -> Markup:
+    """Text in which no learning rate is broken at its hyphen."""
+    parts = re.split(r"(\d+(?:\.\d+)?e-\d+)", text)
+    rate = Markup('<span class="unbroken">{}</span>')
+    return Markup("").join(rate.format(p) if n % 2 else escape(p) for n, p in enumerate(parts))
+
+
+def _source(name: str) -> str:
+    return resources.files("rsauto.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _figures(shown: Sequence[Panel | HeatMap]) -> tuple[dict[str, Any], list[str]]:
+    """What the page draws, by key, and the texts of points: several figures show the same ones, so
+    a trace has only their places in the list."""
+    figures = {panel.key: interactive(panel).to_plotly_json() for panel in shown}
+    places: dict[str, int] = {}
+    for figure in figures.values():
+        for trace in figure["data"]:
+            if trace.get("text") and trace["mode"] != "text":
+                trace["text"] = [places.setdefault(text, len(places)) for text in trace["text"]]
+    return figures, list(places)
+
+
+def _groups(shown: Sequence[Panel | HeatMap]) -> list[list[Panel | HeatMap]]:
+    """Figures that share a place, in the order of their first."""
+    groups: dict[str, list[Panel | HeatMap]] = {}
+    for panel in shown:
+        groups.setdefault(panel.group or panel.key, []).append(panel)
+    return list(groups.values())
+
+
+def _choices(trials: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Columns of few words that tell trials apart, and their words."""
+    found = ((name, sorted(trials[name].dropna().unique())) for name in _CHOSEN_FROM)
+    return [(name, values) for name, values in found if len(values) > 1]
 
 
 def _script_json(value: Any) -> Markup:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from rsauto.units import rate_text
 
 Symbol = Literal["circle", "square", "diamond", "star", "down", "up", "cross", "plus", "ring"]
-Dash = Literal["solid", "dash", "dot"]
+Dash = Literal["solid", "dash", "dot", "dashdot"]
 
 # Okabe and Ito, "Color Universal Design" (2008), distinguishable with any colour vision; their
 # black is left out because it vanishes on a dark page, and grey stands in for it.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8A8A"
 METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
+METHOD_DASHES: dict[str, Dash] = {"lora": "dash", "adalora": "dot", "rsadalora": "dashdot"}
+"""Of lines; solid for rsLoRA."""
 RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)
+RANK_SYMBOLS: tuple[Symbol, ...] = ("circle", "square", "diamond", "up", "star")
+
+
+def rank_looks(ranks: Iterable[int]) -> dict[int, tuple[str, Symbol]]:
+    """A colour and a symbol for every rank. Their numbers have no common divisor, so that forty
+    ranks look different, and each pair of neighbours differs in both."""
+    return {
+        rank: (RANK_COLOURS[n % len(RANK_COLOURS)], RANK_SYMBOLS[n % len(RANK_SYMBOLS)])
+        for n, rank in enumerate(sorted({int(rank) for rank in ranks}))
+    }
+
 
 SCALE = ("#D9EBF8", "#56A5D6", BLUE, "#06284A")
 """A heat map's colours from 1 to its largest number. They darken evenly, so that they can be told
@@ -42,6 +56,7 @@ class Layer:
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    """NaN breaks a line."""
     colour: str
     symbol: Symbol | None = None
     """None draws no points."""
@@ -49,6 +64,8 @@ class Layer:
     """None draws no line."""
     is_step: bool = False
     size: float = 8.0
+    width: float = 2.0
+    """Of the line."""
     opacity: float = 1.0
     hover: tuple[str, ...] = ()
     in_legend: bool = True
@@ -78,11 +95,18 @@ class Panel:
     x_limit: float | None = None
     x_limit_name: str = ""
     """A vertical line, such as the memory budget."""
+    x_range: tuple[float, float] | None = None
+    """Of an axis that is not logarithmic."""
+    group: str = ""
+    tab: str = ""
+    """Figures of one group share a place on the page, where ``tab`` chooses one."""
+    finding: str = ""
+    """What it shows, in words."""
 
     @property
     def alt(self) -> str:
         """What stands for the figure where it cannot be seen."""
-        return self.title
+        return f"{self.title}. {self.finding}" if self.finding else self.title
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +127,8 @@ class HeatMap:
     values: tuple[tuple[int | None, ...], ...]
     """A tuple a row; None leaves a cell empty."""
     hover: tuple[tuple[str, ...], ...]
+    group: str = ""
+    tab: str = ""
 
     @property
     def largest(self) -> int:

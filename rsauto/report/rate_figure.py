@@ -31,9 +31,10 @@ def rates_panel(records: Sequence[TrialRecord]) -> Panel | None:
     return Panel(
         key="rate_law",
         title="Best learning rate against rank",
+        finding=" ".join(finding.sentence for finding in findings),
         caption="Search trials at full length; the large ones have the lowest eval loss of their "
         "rank. Dashed is the prior law through their middle, solid the law fitted to the trials "
-        "with the 95 % interval of the best rate at each rank.",
+        "with the 95 % interval of the best rate at each rank, where they are enough to tell it.",
         x_label="rank",
         y_label="learning rate",
         layers=tuple(layers),
@@ -89,7 +90,7 @@ def _laws(finding: RateFinding, name: str, colour: str, limits: tuple[float, flo
         colour=GREY,
         dash="dash",
     )
-    if finding.surface is None:
+    if finding.surface is None or finding.is_vague:
         return [prior]
     middle = [finding.surface.best(rank) for rank in ranks]
     band = Layer(
@@ -113,7 +114,7 @@ def _laws(finding: RateFinding, name: str, colour: str, limits: tuple[float, flo
 def _centre(finding: RateFinding) -> tuple[float, float]:
     """The rank and rate through which the prior is drawn: where the fitted law is at the trials'
     mean rank, else the geometric means over ranks of their best."""
-    if finding.surface is not None:
+    if finding.surface is not None and not finding.is_vague:
         rank = 2.0**finding.surface.mean_rho
         return rank, 2.0 ** finding.surface.best(rank)[0]
     best = _best_of_ranks(finding.trials)

@@ -15,6 +15,10 @@ from rsauto.units import method_text
 LAWFUL: tuple[tuple[Method, ScalingRule], ...] = (("rslora", "rslora"), ("lora", "lora"))
 """Methods with a law, and the scaling rule it follows from."""
 
+_VAGUE = 1.0
+"""Half width of an exponent's interval from which on its value says nothing: the rate would be
+uncertain by the factor by which rank itself moves."""
+
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
@@ -48,6 +52,11 @@ class RateFinding:
         return "too wide" if self.law.half_width > abs(rules[0] - rules[1]) else "agree"
 
     @property
+    def is_vague(self) -> bool:
+        """Whether a law was fitted that is too uncertain to be shown."""
+        return self.law is not None and self.law.half_width > _VAGUE
+
+    @property
     def sentence(self) -> str:
         prior = (
             f"prior for {method_text(self.method)} under {_OPTIMIZERS[self.optimizer]} is "
@@ -59,6 +68,11 @@ class RateFinding:
             trials = f"{count} search trial{'' if count == 1 else 's'} at full length"
             verb = "is" if count == 1 else "are"
             return f"The {prior}; {trials} {verb} too few to tell whether the rate moves so."
+        if self.is_vague:
+            return (
+                f"How the learning rate moves with rank is left open by {law.num_trials} search "
+                f"trials, the interval is too wide to tell; the {prior}."
+            )
         ends = {
             "agree": "they agree",
             "contradict": "they contradict each other",
