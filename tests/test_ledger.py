@@ -20,6 +20,7 @@ from rsauto.config import StudyConfig
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import ledger as ledger_module
+from rsauto.search.attempts import Attempt
 from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger
 from rsauto.search.liveness import born, this_worker, worker_lives
 from rsauto.search.storage import open_storage
@@ -43,7 +44,7 @@ def journal_ledger(folder: Path) -> Ledger:
 
 
 def settle(
-    ledger: Ledger, trial: optuna.Trial, record: TrialRecord, value: float | None = 1.5
+    ledger: Ledger, trial: Attempt, record: TrialRecord, value: float | None = 1.5
 ) -> None:
     states = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     ledger.settle(
@@ -108,8 +109,8 @@ def test_an_abandoned_trial_is_run_again_before_anything_new(
 ) -> None:
     ledger = journal_ledger(tmp_path)
     trial, spec = ledger.begin_new(spec_of(4))
-    trial.report(2.0, step=5)
-    ledger.abandon(trial, spec)
+    ledger.report(trial, 2.0, step=5)
+    ledger.abandon(trial)
     assert ledger.records() == []
     begun = journal_ledger(tmp_path).begin(lambda: pytest.fail("asked for something new"))
     assert begun is not None
@@ -140,7 +141,7 @@ def test_a_kill_between_requeueing_and_failing_does_not_double_the_trial(
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger.study, "tell", killed)
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", killed)
     with pytest.raises(KeyboardInterrupt):
         ledger.recover_orphans()
     again = journal_ledger(tmp_path)
@@ -164,7 +165,7 @@ trial, done = ledger.begin_new(TrialSpec(rank=8, **spec))
 record = TrialRecord(number=trial.number, outcome="complete", gamma_r=1.0, rank=8,
     target_modules="all-linear", lr_ratio=1.0, optimizer="adamw", schedule="linear",
     batch_size=16, max_length=512, seed=0, eval_loss=0.5, **spec)
-ledger.study.tell = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+ledger._storage.set_trial_state_values = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 ledger.settle(trial, record, value=0.5, state=TrialState.COMPLETE, constraints={"memory": -0.5})
 """
 
@@ -265,10 +266,10 @@ def test_the_same_ledger_works_on_a_database(tmp_path: Path, record_of: Records)
 def test_what_is_begun_is_what_was_asked_for_whoever_waits() -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of())
     waiting = [ledger.begin_new(spec_of(rank)) for rank in (4, 8)]
-    for trial, spec in waiting:
-        ledger.abandon(trial, spec)
+    for trial, _ in waiting:
+        ledger.abandon(trial)
     trial, spec = ledger.begin_new(spec_of(16))
-    assert TrialSpec.from_json(trial.user_attrs["spec"]) == spec == spec_of(16)
+    assert trial.begun.spec == spec == spec_of(16)
     assert [s.rank for s in ledger.unfinished_specs()] == [4, 8, 16]
     again = [ledger.begin(lambda: None) for _ in range(3)]
     assert [None if found is None else found[1].rank for found in again] == [4, 8, None]
@@ -278,18 +279,19 @@ def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of())
-    ledger.abandon(*ledger.begin_new(spec_of(4)))
-    real = ledger.study.ask
+    ledger.abandon(ledger.begin_new(spec_of(4))[0])
+    real = ledger._storage.set_trial_state_values
 
-    def too_late(**options: Any) -> optuna.Trial:
-        monkeypatch.setattr(ledger.study, "ask", real)
-        real(**options)  # by the other process
-        return real(**options)
+    def too_late(trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING:
+            assert real(trial_id, state), "by the other process"
+        return real(trial_id, state, values)
 
-    monkeypatch.setattr(ledger.study, "ask", too_late)
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", too_late)
     found = ledger.begin(lambda: spec_of(32))
     assert found is not None and found[1].rank == 32
-    assert all(trial.spec.rank in (4, 32) for trial in ledger.history().trials)
+    assert [trial.spec.rank for trial in ledger.history().trials] == [4, 32]
+    assert len(ledger.study.trials) == 3, "no empty one was made"
 
 
 def test_half_a_line_is_cut_off_while_others_have_the_journal_open(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_trial_of_which_three_processes_died_is_not_run_again(tmp_path: Path) 
         if put_back:
             begun = ledger.begin(lambda: None)
             assert begun is not None
-            ledger.abandon(*begun)
+            ledger.abandon(begun[0])
             assert ledger.begin(lambda: None) is not None
     (record,) = ledger.records()
     assert (record.number, record.outcome, record.rank) == (4, "failed", 4)
@@ -132,7 +132,7 @@ def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answ
 ) -> None:
     ledger = journal_ledger(tmp_path)
     trial, spec = ledger.begin_new(spec_of(4))
-    ledger.abandon(trial, spec)
+    ledger.abandon(trial)
     real, answers = ledger._storage.set_trial_state_values, iter([False, True])
 
     def write(*arguments: Any) -> bool:
@@ -149,15 +149,15 @@ def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answ
 def test_an_attempt_is_known_by_its_token_when_it_has_been_retried(tmp_path: Path) -> None:
     ledger = journal_ledger(tmp_path)
     trial, spec = ledger.begin_new(spec_of(4))
-    ledger.abandon(trial, spec)
-    found = ledger.attempts().with_token(trial.user_attrs["token"])
+    ledger.abandon(trial)
+    found = ledger.attempts().with_token(trial.token)
     assert found is not None and found.number == 0
 
 
 def test_a_trial_given_up_but_not_put_back_is_found(tmp_path: Path) -> None:
     one, other = two(tmp_path)
     trial, _ = one.begin_new(spec_of(4))
-    one.study.tell(trial, state=TrialState.FAIL)  # and killed before the next write
+    one.study.tell(trial.number, state=TrialState.FAIL)  # and killed before the next write
     assert other.recover_orphans() == 0, "it may be about to be put back"
     assert other.recover_orphans(is_alone=True) == 1
     assert other.unfinished_specs() == [spec_of(4, retry_of=0)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rsauto.records import TrialRecord, TrialSpec
 
@@ -58,14 +59,14 @@ class History:
         """Of the trial whose latest attempt has this number."""
         return next(n for n, trial in enumerate(self.trials) if trial.number == number)
 
-    @property
+    @cached_property
     def settled(self) -> Settled:
         """Everything that has ended."""
         return [(t.spec, t.record) for t in self.trials if t.record is not None]
 
-    @property
+    @cached_property
     def num_unsettled(self) -> int:
-        return sum(trial.record is None for trial in self.trials)
+        return len(self.trials) - len(self.settled)
 
 
 def history_of(attempts: Sequence[tuple[int, TrialSpec, TrialRecord | None]]) -> History:

@@ -65,6 +65,8 @@ def may_search(config: StudyConfig, space: Space, history: History, objective: O
 
 def no_room_for(config: StudyConfig, space: Space, history: History, objective: Objective) -> bool:
     """Whether search.max_tokens leaves room for the last trials alone."""
+    if config.search.max_tokens is None:
+        return False
     reserved = num_still_reserved(space, history, objective.lower_is_better)
     return leaves_no_room(config, history, reserved)
 
