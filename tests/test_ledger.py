@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError
@@ -43,9 +45,7 @@ def journal_ledger(folder: Path) -> Ledger:
     return Ledger.open(open_storage(None, folder / "journal.log"), config_of())
 
 
-def settle(
-    ledger: Ledger, trial: Attempt, record: TrialRecord, value: float | None = 1.5
-) -> None:
+def settle(ledger: Ledger, trial: Attempt, record: TrialRecord, value: float | None = 1.5) -> None:
     states = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     ledger.settle(
         trial,
@@ -108,7 +108,7 @@ def test_an_abandoned_trial_is_run_again_before_anything_new(
     tmp_path: Path, record_of: Records
 ) -> None:
     ledger = journal_ledger(tmp_path)
-    trial, spec = ledger.begin_new(spec_of(4))
+    trial, _ = ledger.begin_new(spec_of(4))
     ledger.report(trial, 2.0, step=5)
     ledger.abandon(trial)
     assert ledger.records() == []
@@ -244,6 +244,101 @@ def test_the_study_has_the_direction_of_its_objective(
 ) -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of(**search))
     assert ledger.study.direction.name == direction
+
+
+def storage_of(kind: str, folder: Path) -> Any:
+    url = f"sqlite:///{folder}/study.db" if kind == "sqlite" else None
+    return open_storage(url, folder / "journal.log")
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_what_is_read_bit_by_bit_is_what_is_read_at_once(
+    kind: str, tmp_path: Path, record_of: Records
+) -> None:
+    """Whatever two processes do, a third that looks on all the time knows what a new one reads."""
+    one, other, watching = (Ledger.open(storage_of(kind, tmp_path), config_of()) for _ in range(3))
+    generator = random.Random(0)
+    begun: list[tuple[Ledger, Attempt, TrialSpec]] = []
+
+    def begin(ledger: Ledger, rival: Ledger | None, rank: int) -> None:
+        proposals = [spec_of(rank)]
+
+        def propose() -> TrialSpec | None:
+            if rival is not None and proposals:
+                begin(rival, None, rank)
+            return proposals.pop() if proposals else None
+
+        found = ledger.begin(propose)
+        begun.extend([] if found is None else [(ledger, *found)])
+
+    for step in range(24):
+        ledger = generator.choice([one, other])
+        what = generator.choice(["begin", "begin", "settle", "abandon", "recover"])
+        if what == "begin":
+            begin(ledger, generator.choice([None, one, other]), 1 + step % 7)
+        elif what == "recover":
+            ledger.recover_orphans()
+        elif begun:
+            whose, trial, spec = begun.pop(generator.randrange(len(begun)))
+            if what == "abandon":
+                whose.abandon(trial)
+            else:
+                settle(whose, trial, record_of(spec, trial.number))
+        watching.attempts()
+        if step % 6 == 5:
+            fresh = Ledger.open(storage_of(kind, tmp_path), config_of())
+            assert watching.history() == fresh.history()
+            assert watching.settled() == fresh.settled()
+            for state in TrialState:
+                assert watching.seen.in_state(state) == fresh.seen.in_state(state)
+    attempts = watching.attempts()
+    assert any(trial.spec.retry_of is not None for trial in attempts.history.trials)
+    assert any(trial.user_attrs.get("withdrawn") for trial in one.study.trials)
+
+
+def test_a_trial_costs_the_database_the_same_however_many_there_are(
+    tmp_path: Path, record_of: Records
+) -> None:
+    """Counted on a real one: statements, and trials that are read."""
+    ledger = Ledger.open(storage_of("sqlite", tmp_path), config_of())
+    engine, real = ledger._storage._backend.engine, Attempt.of  # type: ignore[attr-defined]
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *said: statements.append(said[2]))
+    costs, num_read = [], 0
+
+    def counting(trial: Any) -> Attempt | None:
+        nonlocal num_read
+        num_read += 1
+        return real(trial)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempt, "of", counting)
+        for number in range(12):
+            statements.clear()
+            num_read = 0
+            begun = ledger.begin(lambda: spec_of(1 + number), limit=40)  # noqa: B023
+            assert begun is not None
+            settle(ledger, begun[0], record_of(begun[1], begun[0].number))
+            costs.append((len(statements), num_read))
+    assert costs[-1] == costs[2], "it does not grow"
+    num_statements, num_read = costs[-1]
+    assert num_read == 2, "the one before as it ended, and this one as it was begun"
+    assert num_statements <= 50
+    reads = [said for said in statements if "FROM trials" in said and " IN " in said]
+    assert len(reads) <= 3
+
+
+def test_what_this_process_is_at_is_left_alone_while_it_runs(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.begin_new(spec_of(2))
+    left = journal_ledger(tmp_path)  # by an earlier call in this process
+    left.begin_new(spec_of(4))
+    assert ledger.recover_orphans(spares_own=True) == 1
+    assert ledger.unfinished_specs() == [spec_of(2), spec_of(4, retry_of=1)]
+    again = ledger.begin(lambda: None)
+    assert again is not None
+    assert ledger.recover_orphans(spares_own=True) == 0, "one that was taken up is its own, too"
+    assert ledger.recover_orphans() == 2
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "unknowndb://x/y"])
