@@ -127,8 +127,8 @@ class Attempts:
     @cached_property
     def trials(self) -> tuple[Attempt, ...]:
         """The latest attempt of every trial of the study, in the order of their first ones."""
-        latest = self._latest
-        return tuple(latest[root] for root in sorted(latest) if not latest[root].is_withdrawn)
+        latest = [self._latest[root] for root in sorted(self._latest)]
+        return tuple([attempt for attempt in latest if not attempt.is_withdrawn])
 
     @cached_property
     def history(self) -> History:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rsauto.records import TrialRecord, TrialSpec
+from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
 
 Settled = Sequence[tuple[TrialSpec, TrialRecord]]
 
@@ -63,6 +63,12 @@ class History:
     def settled(self) -> Settled:
         """Everything that has ended."""
         return [(t.spec, t.record) for t in self.trials if t.record is not None]
+
+    @cached_property
+    def num_begun(self) -> int:
+        """Trials that count or will; refusals by the planner are free."""
+        counting = [True for _, record in self.settled if record.outcome in SETTLED_OUTCOMES]
+        return len(counting) + self.num_unsettled
 
     @cached_property
     def num_unsettled(self) -> int:

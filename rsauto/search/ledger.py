@@ -346,7 +346,7 @@ class Ledger:
 
     def _settle_lost(self, trial: Attempt, worker: dict[str, Any] | None) -> None:
         """Ends a trial that kills whoever runs it: others must not die of it, too."""
-        name = worker and f"{worker['host']}:{worker['pid']}"
+        name = None if worker is None else f"{worker['host']}:{worker['pid']}"
         error = f"its process died {MOST_DEATHS} times"
         record = lost_record(trial.number, trial.begun.spec, error, name)
         self.settle(trial, record, value=None, state=TrialState.FAIL, constraints={})

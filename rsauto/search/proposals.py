@@ -111,7 +111,10 @@ def _sampled(
         return expected.best
     if expected is not None and config.search.strategy == "cost":
         return expected.best_for_its_time
-    attempts = [Attempt(spec, record, objective.told(record)) for spec, record in known.settled]
+    # Chance and the grid do not ask how good a trial was.
+    learns = config.search.strategy not in ("random", "grid")
+    told = objective.told if learns else lambda record: None
+    attempts = [Attempt(spec, record, told(record)) for spec, record in known.settled]
     attempts += [Attempt(spec, None, None) for spec in known.pending]
     return propose(space, attempts, config)
 
