@@ -195,7 +195,7 @@ class Ledger:
             found = self.attempts().with_token(token) if tried else None
             if found is None:
                 tried.append(True)
-                self.study.add_trial(template)
+                self._stored.add(template)
                 found = self.attempts().with_token(token)
             assert found is not None, "what was added is there"
             return found

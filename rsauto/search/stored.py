@@ -10,13 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any, Protocol
 
 import optuna
+from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialModel,
+    TrialParamModel,
+    TrialUserAttributeModel,
+)
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, Connection, or_, select
+from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
 
 MOST_IDS = 1000
 """In one question to a database, all of which have a limit."""
@@ -49,6 +56,9 @@ class Stored(Protocol):
     def running(self) -> list[StoredTrial]:
         """Running trials with what is written of them now."""
 
+    def add(self, trial: FrozenTrial) -> None:
+        """Adds a running or waiting trial."""
+
 
 def stored(study: optuna.Study) -> Stored:
     """The fastest way to read a study."""
@@ -78,6 +88,9 @@ class _InProcess:
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [_read(trial) for trial in trials]
 
+    def add(self, trial: FrozenTrial) -> None:
+        self._study.add_trial(trial)
+
 
 def _read(trial: FrozenTrial) -> StoredTrial:
     return StoredTrial(trial._trial_id, trial.number, trial.state, trial.user_attrs)
@@ -92,6 +105,7 @@ class _InDatabase:
 
     def __init__(self, backend: RDBStorage, study_id: int) -> None:
         self._engine = backend.engine
+        self._study_id = study_id
         self._of_study = TrialModel.study_id == study_id
         self._unfinished: dict[int, TrialState] = {}
         self._last_id = -1
@@ -113,6 +127,38 @@ class _InDatabase:
         with self._engine.connect() as connection:
             found = self._states(connection, TrialModel.state == TrialState.RUNNING)
             return self._with_attributes(connection, found)
+
+    def add(self, trial: FrozenTrial) -> None:
+        """As Optuna adds one, in six statements instead of thirty.
+
+        While one process adds a trial every other one that begins one waits: the number that it
+        gets is that of the trials before it.
+        """
+        trials = TrialModel.__table__
+        begun = None if trial.datetime_start is None else trial.datetime_start.astimezone(UTC)
+        row = {
+            "study_id": self._study_id,
+            "state": trial.state,
+            "datetime_start": begun and begun.replace(tzinfo=None),
+        }
+        with self._engine.begin() as connection:
+            is_it = StudyModel.study_id == self._study_id
+            connection.execute(select(StudyModel.study_id).where(is_it).with_for_update()).one()
+            (trial_id,) = connection.execute(insert(trials).values(row)).inserted_primary_key
+            connection.execute(insert(TrialParamModel.__table__), [
+                {"trial_id": trial_id, "param_name": name,
+                 "param_value": distribution.to_internal_repr(trial.params[name]),
+                 "distribution_json": distribution_to_json(distribution)}
+                for name, distribution in trial.distributions.items()
+            ])  # fmt: skip
+            connection.execute(insert(TrialUserAttributeModel.__table__), [
+                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                for key, value in trial.user_attrs.items()
+            ])  # fmt: skip
+            before = select(func.count()).where(self._of_study, TrialModel.trial_id < trial_id)
+            number = connection.execute(before).scalar_one()
+            numbered = update(trials).where(trials.c.trial_id == trial_id)
+            connection.execute(numbered.values(number=number))
 
     def _states(
         self, connection: Connection, condition: ColumnElement[bool]
