@@ -144,7 +144,9 @@ class _InDatabase:
         with self._engine.begin() as connection:
             is_it = StudyModel.study_id == self._study_id
             connection.execute(select(StudyModel.study_id).where(is_it).with_for_update()).one()
-            (trial_id,) = connection.execute(insert(trials).values(row)).inserted_primary_key
+            key = connection.execute(insert(trials).values(row)).inserted_primary_key
+            assert key is not None, "the id that the database gave"
+            trial_id = key[0]
             connection.execute(insert(TrialParamModel.__table__), [
                 {"trial_id": trial_id, "param_name": name,
                  "param_value": distribution.to_internal_repr(trial.params[name]),
@@ -152,8 +154,8 @@ class _InDatabase:
                 for name, distribution in trial.distributions.items()
             ])  # fmt: skip
             connection.execute(insert(TrialUserAttributeModel.__table__), [
-                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-                for key, value in trial.user_attrs.items()
+                {"trial_id": trial_id, "key": name, "value_json": json.dumps(value)}
+                for name, value in trial.user_attrs.items()
             ])  # fmt: skip
             before = select(func.count()).where(self._of_study, TrialModel.trial_id < trial_id)
             number = connection.execute(before).scalar_one()
