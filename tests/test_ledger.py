@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ import optuna
 import psutil
 import pytest
 from optuna.storages import InMemoryStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
+from sqlalchemy import event
 
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import ledger as ledger_module
+from rsauto.search.attempts import Attempt
 from rsauto.search.ledger import DIVERGENCE, MEMORY, Ledger
 from rsauto.search.liveness import born, this_worker, worker_lives
+from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
 from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 
@@ -42,9 +46,7 @@ def journal_ledger(folder: Path) -> Ledger:
     return Ledger.open(open_storage(None, folder / "journal.log"), config_of())
 
 
-def settle(
-    ledger: Ledger, trial: optuna.Trial, record: TrialRecord, value: float | None = 1.5
-) -> None:
+def settle(ledger: Ledger, trial: Attempt, record: TrialRecord, value: float | None = 1.5) -> None:
     states = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     ledger.settle(
         trial,
@@ -107,9 +109,9 @@ def test_an_abandoned_trial_is_run_again_before_anything_new(
     tmp_path: Path, record_of: Records
 ) -> None:
     ledger = journal_ledger(tmp_path)
-    trial, spec = ledger.begin_new(spec_of(4))
-    trial.report(2.0, step=5)
-    ledger.abandon(trial, spec)
+    trial, _ = ledger.begin_new(spec_of(4))
+    ledger.report(trial, 2.0, step=5)
+    ledger.abandon(trial)
     assert ledger.records() == []
     begun = journal_ledger(tmp_path).begin(lambda: pytest.fail("asked for something new"))
     assert begun is not None
@@ -140,7 +142,7 @@ def test_a_kill_between_requeueing_and_failing_does_not_double_the_trial(
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger.study, "tell", killed)
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", killed)
     with pytest.raises(KeyboardInterrupt):
         ledger.recover_orphans()
     again = journal_ledger(tmp_path)
@@ -164,7 +166,7 @@ trial, done = ledger.begin_new(TrialSpec(rank=8, **spec))
 record = TrialRecord(number=trial.number, outcome="complete", gamma_r=1.0, rank=8,
     target_modules="all-linear", lr_ratio=1.0, optimizer="adamw", schedule="linear",
     batch_size=16, max_length=512, seed=0, eval_loss=0.5, **spec)
-ledger.study.tell = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+ledger._storage.set_trial_state_values = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 ledger.settle(trial, record, value=0.5, state=TrialState.COMPLETE, constraints={"memory": -0.5})
 """
 
@@ -245,6 +247,118 @@ def test_the_study_has_the_direction_of_its_objective(
     assert ledger.study.direction.name == direction
 
 
+def storage_of(kind: str, folder: Path) -> Any:
+    url = f"sqlite:///{folder}/study.db" if kind == "sqlite" else None
+    return open_storage(url, folder / "journal.log")
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_what_is_read_bit_by_bit_is_what_is_read_at_once(
+    kind: str, tmp_path: Path, record_of: Records
+) -> None:
+    """Whatever two processes do, a third that looks on all the time knows what a new one reads."""
+    one, other, watching = (Ledger.open(storage_of(kind, tmp_path), config_of()) for _ in range(3))
+    generator = random.Random(0)
+    begun: list[tuple[Ledger, Attempt, TrialSpec]] = []
+
+    def begin(ledger: Ledger, rival: Ledger | None, rank: int) -> None:
+        proposals = [spec_of(rank)]
+
+        def propose() -> TrialSpec | None:
+            if rival is not None and proposals:
+                begin(rival, None, rank)
+            return proposals.pop() if proposals else None
+
+        found = ledger.begin(propose)
+        begun.extend([] if found is None else [(ledger, *found)])
+
+    for step in range(24):
+        ledger = generator.choice([one, other])
+        what = generator.choice(["begin", "begin", "settle", "abandon", "recover"])
+        if what == "begin":
+            begin(ledger, generator.choice([None, one, other]), 1 + step % 7)
+        elif what == "recover":
+            ledger.recover_orphans()
+        elif begun:
+            whose, trial, spec = begun.pop(generator.randrange(len(begun)))
+            if what == "abandon":
+                whose.abandon(trial)
+            else:
+                settle(whose, trial, record_of(spec, trial.number))
+        watching.attempts()
+        if step % 6 == 5:
+            fresh = Ledger.open(storage_of(kind, tmp_path), config_of())
+            assert watching.history() == fresh.history()
+            assert watching.settled() == fresh.settled()
+            for state in TrialState:
+                assert watching.seen.in_state(state) == fresh.seen.in_state(state)
+    attempts = watching.attempts()
+    assert any(trial.spec.retry_of is not None for trial in attempts.history.trials)
+    assert any(trial.user_attrs.get("withdrawn") for trial in one.study.trials)
+
+
+def test_a_trial_costs_the_database_the_same_however_many_there_are(
+    tmp_path: Path, record_of: Records
+) -> None:
+    """Counted on a real one: statements, and trials that are read."""
+    ledger = Ledger.open(storage_of("sqlite", tmp_path), config_of())
+    engine, real = ledger._storage._backend.engine, Attempt.of  # type: ignore[attr-defined]
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *said: statements.append(said[2]))
+    costs, num_read = [], 0
+
+    def counting(trial: Any) -> Attempt | None:
+        nonlocal num_read
+        num_read += 1
+        return real(trial)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempt, "of", counting)
+        for number in range(12):
+            statements.clear()
+            num_read = 0
+            begun = ledger.begin(lambda: spec_of(1 + number), limit=40)  # noqa: B023
+            assert begun is not None
+            settle(ledger, begun[0], record_of(begun[1], begun[0].number))
+            costs.append((len(statements), num_read))
+    assert costs[-1] == costs[2], "it does not grow"
+    num_statements, num_read = costs[-1]
+    assert num_read == 2, "the one before as it ended, and this one as it was begun"
+    assert num_statements <= 30
+    reads = [said for said in statements if "FROM trials" in said and " IN " in said]
+    assert len(reads) <= 3
+
+
+@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.WAITING])
+def test_a_trial_is_added_to_a_database_as_optuna_adds_it(
+    state: TrialState, tmp_path: Path
+) -> None:
+    ledger = Ledger.open(storage_of("sqlite", tmp_path), config_of())
+    template = create_trial(
+        state=state, params=stored_params(spec_of(12)), user_attrs={"spec": {}, "deaths": 0},
+        distributions=dict(STORED_DISTRIBUTIONS),
+    )  # fmt: skip
+    ledger.study.add_trial(template)
+    ledger._stored.add(template)
+    optunas, own = ledger.study.trials
+    own.number, own._trial_id = optunas.number, optunas._trial_id
+    assert own == optunas
+    assert [trial.number for trial in ledger._stored.changed()] == [0, 1]
+
+
+def test_what_this_process_is_at_is_left_alone_while_it_runs(tmp_path: Path) -> None:
+    ledger = journal_ledger(tmp_path)
+    ledger.begin_new(spec_of(2))
+    left = journal_ledger(tmp_path)  # by an earlier call in this process
+    left.begin_new(spec_of(4))
+    assert ledger.recover_orphans(spares_own=True) == 1
+    assert ledger.unfinished_specs() == [spec_of(2), spec_of(4, retry_of=1)]
+    again = ledger.begin(lambda: None)
+    assert again is not None
+    assert ledger.recover_orphans(spares_own=True) == 0, "one that was taken up is its own, too"
+    assert ledger.recover_orphans() == 2
+
+
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "unknowndb://x/y"])
 def test_a_storage_that_cannot_be_opened_is_told_with_its_url(url: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="study storage cannot be opened") as caught:
@@ -265,10 +379,10 @@ def test_the_same_ledger_works_on_a_database(tmp_path: Path, record_of: Records)
 def test_what_is_begun_is_what_was_asked_for_whoever_waits() -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of())
     waiting = [ledger.begin_new(spec_of(rank)) for rank in (4, 8)]
-    for trial, spec in waiting:
-        ledger.abandon(trial, spec)
+    for trial, _ in waiting:
+        ledger.abandon(trial)
     trial, spec = ledger.begin_new(spec_of(16))
-    assert TrialSpec.from_json(trial.user_attrs["spec"]) == spec == spec_of(16)
+    assert trial.begun.spec == spec == spec_of(16)
     assert [s.rank for s in ledger.unfinished_specs()] == [4, 8, 16]
     again = [ledger.begin(lambda: None) for _ in range(3)]
     assert [None if found is None else found[1].rank for found in again] == [4, 8, None]
@@ -278,18 +392,19 @@ def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ledger = Ledger.open(InMemoryStorage(), config_of())
-    ledger.abandon(*ledger.begin_new(spec_of(4)))
-    real = ledger.study.ask
+    ledger.abandon(ledger.begin_new(spec_of(4))[0])
+    real = ledger._storage.set_trial_state_values
 
-    def too_late(**options: Any) -> optuna.Trial:
-        monkeypatch.setattr(ledger.study, "ask", real)
-        real(**options)  # by the other process
-        return real(**options)
+    def too_late(trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING:
+            assert real(trial_id, state), "by the other process"
+        return real(trial_id, state, values)
 
-    monkeypatch.setattr(ledger.study, "ask", too_late)
+    monkeypatch.setattr(ledger._storage, "set_trial_state_values", too_late)
     found = ledger.begin(lambda: spec_of(32))
     assert found is not None and found[1].rank == 32
-    assert all(trial.spec.rank in (4, 32) for trial in ledger.history().trials)
+    assert [trial.spec.rank for trial in ledger.history().trials] == [4, 32]
+    assert len(ledger.study.trials) == 3, "no empty one was made"
 
 
 def test_half_a_line_is_cut_off_while_others_have_the_journal_open(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from rsauto.config import StudyConfig
 from rsauto.records import EvalPoint, TrialRecord, TrialSpec
+from rsauto.search import sampler
 from rsauto.search.sampler import Attempt, propose
 from rsauto.search.space import Space
 from rsauto.study_file import validate
@@ -212,3 +213,27 @@ def test_ranks_can_be_widened_and_old_trials_still_teach(record_of: Records) -> 
     listed, list_space = study(**{**RANGES, "rank": [4, 12, 48]})
     spec = propose(list_space, more, listed)
     assert spec is not None and spec.rank in (4, 12, 48)
+
+
+@pytest.mark.parametrize("strategy", ["random", "tpe"])
+def test_a_proposal_is_the_samplers_own_with_all_that_is_known(
+    strategy: str, record_of: Records
+) -> None:
+    """Beside Optuna itself, given every trial: what is left out for speed changes nothing."""
+    config, space = study(strategy=strategy, seed=3, trials=40, **RANGES)
+    outcomes = ("complete", "pruned", "failed", "oom", "diverged")
+    attempts = carry_on(config, space, record_of, bowl, 30)
+    attempts = [
+        Attempt(a.spec, None, None) if n % 6 == 5 else
+        a._replace(record=record_of(a.spec, n, a.value, outcomes[n % 6]))
+        for n, a in enumerate(attempts)
+    ]  # fmt: skip
+    for known in (0, 7, 30):
+        seed = sampler._seed(config.training.seed, known, 0)
+        whole = optuna.create_study(sampler=sampler._sampler(config, seed))
+        for attempt in attempts[:known]:
+            trial = sampler._as_trial(space, attempt, space.distributions())
+            if trial is not None:
+                whole.add_trial(trial)
+        expected = space.spec(whole.ask(fixed_distributions=space.distributions()).params)
+        assert propose(space, attempts[:known], config) == expected

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,14 @@ from tiny_study import records, write_study
 from rsauto import launch
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search import work as work_module
 from rsauto.search import workers
-from rsauto.search.events import StudyEnded
+from rsauto.search.events import Event, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import JournalUsers, driver_url, open_storage
+from rsauto.search.work import Work
 from rsauto.search.workers import join_study, worker_events
 from rsauto.stop import StopFlag
 from rsauto.study_file import validate
@@ -116,7 +119,7 @@ def test_a_trial_of_which_three_processes_died_is_not_run_again(tmp_path: Path) 
         if put_back:
             begun = ledger.begin(lambda: None)
             assert begun is not None
-            ledger.abandon(*begun)
+            ledger.abandon(begun[0])
             assert ledger.begin(lambda: None) is not None
     (record,) = ledger.records()
     assert (record.number, record.outcome, record.rank) == (4, "failed", 4)
@@ -132,7 +135,7 @@ def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answ
 ) -> None:
     ledger = journal_ledger(tmp_path)
     trial, spec = ledger.begin_new(spec_of(4))
-    ledger.abandon(trial, spec)
+    ledger.abandon(trial)
     real, answers = ledger._storage.set_trial_state_values, iter([False, True])
 
     def write(*arguments: Any) -> bool:
@@ -148,16 +151,17 @@ def test_what_was_put_back_twice_is_taken_back_although_the_storage_did_not_answ
 
 def test_an_attempt_is_known_by_its_token_when_it_has_been_retried(tmp_path: Path) -> None:
     ledger = journal_ledger(tmp_path)
-    trial, spec = ledger.begin_new(spec_of(4))
-    ledger.abandon(trial, spec)
-    found = ledger.attempts().with_token(trial.user_attrs["token"])
+    trial, _ = ledger.begin_new(spec_of(4))
+    ledger.abandon(trial)
+    assert trial.token is not None
+    found = ledger.attempts().with_token(trial.token)
     assert found is not None and found.number == 0
 
 
 def test_a_trial_given_up_but_not_put_back_is_found(tmp_path: Path) -> None:
     one, other = two(tmp_path)
     trial, _ = one.begin_new(spec_of(4))
-    one.study.tell(trial, state=TrialState.FAIL)  # and killed before the next write
+    one.study.tell(trial.number, state=TrialState.FAIL)  # and killed before the next write
     assert other.recover_orphans() == 0, "it may be about to be put back"
     assert other.recover_orphans(is_alone=True) == 1
     assert other.unfinished_specs() == [spec_of(4, retry_of=0)]
@@ -208,6 +212,55 @@ def test_processes_that_race_run_every_point_once_and_stop_in_time(
     assert len(ledger.records()) == 30
     withdrawn = [t for t in ledger.study.trials if t.user_attrs.get("withdrawn")]
     assert len(ledger.study.trials) == 30 + len(withdrawn)
+
+
+def worker_at(ledger: Ledger, proposals: list[TrialSpec]) -> Work:
+    """A worker's decisions, with proposals made up."""
+    config = config_of(trials=8)
+    setup = SimpleNamespace(config=config, space=None)
+    work = Work(SimpleNamespace(ledger=ledger, setup=setup), None, is_shared=True)  # type: ignore[arg-type]
+    work._propose = lambda: proposals.pop(0) if proposals else None  # type: ignore[method-assign]
+    return work
+
+
+def test_what_is_begun_after_the_study_has_ended_is_given_back(
+    tmp_path: Path, record_of: Records
+) -> None:
+    host, worker = two(tmp_path)
+    work = worker_at(worker, [spec_of(4), spec_of(8)])
+    first = work._begin(work._propose)
+    assert first is not None
+    real = worker.begin
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        host.set_attribute("ended", "the limit of 10 trained tokens was reached")
+        return real(*arguments, **options)
+
+    worker.begin = late  # type: ignore[method-assign]
+    assert work._begin(work._propose) is None
+    assert host.unfinished_specs() == [spec_of(4)], "the second was taken back"
+    assert host.recover_orphans(is_alone=True) == 1
+    assert work._begin(work._propose) is None
+    (left,) = host.unfinished_specs()
+    assert left.rank == 4, "for whoever continues the study"
+    assert host.waiting_spec() == left
+
+
+def test_a_worker_looks_for_orphans_in_the_middle_of_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, dead = two(tmp_path)
+    monkeypatch.setattr(work_module, "RECOVERY_SECONDS", 0.0)
+    work = worker_at(ledger, [spec_of(4)])
+    assert work._begin(work._propose) is not None
+    dead.begin_new(spec_of(8))
+
+    def steps() -> Generator[Event, None, int]:
+        yield Stage("a step")
+        return 1
+
+    list(work._with_news(steps()))
+    assert ledger.unfinished_specs() == [spec_of(4), spec_of(8, retry_of=1)]
 
 
 def test_who_else_has_a_journal_open(tmp_path: Path) -> None:

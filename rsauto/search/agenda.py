@@ -34,7 +34,7 @@ def num_settled(settled: Settled) -> int:
 
 def num_begun(history: History) -> int:
     """Trials that count or will, those that run or wait included."""
-    return num_settled(history.settled) + history.num_unsettled
+    return history.num_begun
 
 
 def reference_trial(space: Space, settled: Settled, objective: Objective) -> TrialSpec | None:

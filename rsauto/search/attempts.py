@@ -12,15 +12,17 @@ all come to the same verdict on which of them stand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
 from rsauto.search.history import Begun, History
+from rsauto.search.stored import StoredTrial
 
 
 def point(spec: TrialSpec) -> tuple[Any, ...]:
@@ -45,7 +47,7 @@ class Attempt:
     point: tuple[Any, ...]
 
     @classmethod
-    def of(cls, trial: FrozenTrial) -> Attempt | None:
+    def of(cls, trial: StoredTrial) -> Attempt | None:
         """None for a trial that has no spec, and is nobody's."""
         known = trial.user_attrs
         if "spec" not in known:
@@ -55,7 +57,7 @@ class Attempt:
         if "record" in known and trial.state.is_finished():
             record = TrialRecord.from_json(known["record"])
         return cls(
-            trial_id=trial._trial_id,
+            trial_id=trial.trial_id,
             state=trial.state,
             begun=Begun(trial.number, spec, record),
             token=known.get("token"),
@@ -77,22 +79,41 @@ class Attempt:
 
 
 class Attempts:
-    """Every attempt of a study, by number."""
+    """Every attempt of a study, as it was last read."""
 
-    def __init__(self, attempts: Sequence[Attempt]) -> None:
+    def __init__(self) -> None:
+        self._all: dict[int, Attempt] = {}
+        self._waiting: set[int] = set()
         self._roots: dict[int, int] = {}
         self._first: dict[int, Attempt] = {}
         self._latest: dict[int, Attempt] = {}
         self._retried: set[int] = set()
         self._doubled: set[int] = set()
-        self._by_token: dict[str, Attempt] = {}
-        for attempt in attempts:
-            self._add(attempt)
+        self._by_token: dict[str, int] = {}
 
-    def _add(self, attempt: Attempt) -> None:
+    def put(self, attempt: Attempt) -> None:
+        """A new attempt, or a known one as it is now. New ones come in the order of their numbers.
+
+        What retries what does not change, so only what is asked of all trials is gathered anew.
+        """
+        number = attempt.number
+        if number not in self._all:
+            self._link(attempt)
+        self._all[number] = attempt
+        root = self._roots[number]
+        for place in (self._first, self._latest):
+            if root in place and place[root].number == number:
+                place[root] = attempt
+        self._waiting.discard(number)
+        if attempt.state == TrialState.WAITING:
+            self._waiting.add(number)
+        for name in ("trials", "history", "settled"):
+            self.__dict__.pop(name, None)
+
+    def _link(self, attempt: Attempt) -> None:
         number, retried = attempt.number, attempt.begun.spec.retry_of
         if attempt.token is not None:
-            self._by_token[attempt.token] = attempt
+            self._by_token[attempt.token] = number
         root = number if retried is None else self._roots.get(retried, retried)
         self._roots[number] = root
         if retried is not None and retried in self._retried:
@@ -106,23 +127,28 @@ class Attempts:
     @cached_property
     def trials(self) -> tuple[Attempt, ...]:
         """The latest attempt of every trial of the study, in the order of their first ones."""
-        latest = self._latest
-        return tuple(latest[root] for root in sorted(latest) if not latest[root].is_withdrawn)
+        latest = [self._latest[root] for root in sorted(self._latest)]
+        return tuple([attempt for attempt in latest if not attempt.is_withdrawn])
 
     @cached_property
     def history(self) -> History:
-        return History(tuple(attempt.begun for attempt in self.trials))
+        return History(tuple([attempt.begun for attempt in self.trials]))
 
     @cached_property
     def settled(self) -> list[tuple[TrialSpec, TrialRecord]]:
         """Every trial that has ended, by number."""
-        ended = sorted((a.number, a.begun) for a in self.trials if a.begun.record is not None)
-        return [(b.spec, b.record) for _, b in ended if b.record is not None]
+        ended = [begun for begun in self.history.trials if begun.record is not None]
+        ended.sort(key=lambda begun: begun.number)
+        return [(begun.spec, begun.record) for begun in ended if begun.record is not None]
 
     def in_state(self, *states: TrialState) -> list[Attempt]:
         """Trials that are in one of these states, by number."""
         found = [attempt for attempt in self.trials if attempt.state in states]
         return sorted(found, key=lambda attempt: attempt.number)
+
+    def waiting(self) -> list[Attempt]:
+        """Attempts that nobody has taken up, by number, those that are doubled with them."""
+        return [self._all[number] for number in sorted(self._waiting)]
 
     def lost(self) -> Iterator[Attempt]:
         """Trials that nobody is at and nobody will take up, for want of one more write.
@@ -145,17 +171,22 @@ class Attempts:
         if self.is_doubled(number):
             return True
         root = self._roots[number]
-        first = self._first[root]
-        num_before = 0
-        for other in self.trials:
-            origin = self._roots[other.number]
-            if origin >= root:
+        position = bisect_left(self.trials, root, key=lambda other: self._roots[other.number])
+        before, first = self.trials[:position], self._first[root]
+        for other in reversed(before):
+            if first.unseen is None or self._roots[other.number] < first.unseen:
                 break
-            if first.unseen is not None and origin >= first.unseen and other.point == first.point:
+            if other.point == first.point:
                 return True
-            num_before += other.counts
-        return limit is not None and num_before >= limit
+        if limit is None or position < limit:
+            return False
+        return sum(other.counts for other in before) >= limit
+
+    def numbered(self, number: int) -> Attempt:
+        """The attempt of this number."""
+        return self._all[number]
 
     def with_token(self, token: str) -> Attempt | None:
         """The attempt that was added with this token, though it may have been retried since."""
-        return self._by_token.get(token)
+        number = self._by_token.get(token)
+        return None if number is None else self._all[number]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
@@ -16,6 +15,7 @@ from rsauto.memory.kinds import Prediction
 from rsauto.records import EvalPoint, Outcome, TrialRecord, TrialSpec
 from rsauto.report.page import write_report
 from rsauto.search.agenda import num_settled
+from rsauto.search.attempts import Attempt
 from rsauto.search.folder import StudyFolder
 from rsauto.search.history import Settled
 from rsauto.search.ledger import Ledger
@@ -49,7 +49,7 @@ class Books:
         """Set once the untouched model has been measured."""
 
     def report(
-        self, trial: optuna.Trial, spec: TrialSpec, curve: list[EvalPoint], known: Settled
+        self, trial: Attempt, spec: TrialSpec, curve: list[EvalPoint], known: Settled
     ) -> Ending | None:
         """Tells Optuna the last point of a curve; how the trial ends there, None if it goes on.
 
@@ -75,15 +75,14 @@ class Books:
             f"model's is {self.objective.untouched_loss:.4g}",
         )
 
-    def refuse(self, trial: optuna.Trial, spec: TrialSpec) -> TrialRecord:
+    def refuse(self, trial: Attempt, spec: TrialSpec) -> TrialRecord:
         """Settles a trial that does not fit the budget, without starting it."""
         smallest = self.setup.smallest_prediction(spec)
         return self.settle(trial, infeasible_record(trial.number, spec, smallest))
 
-    def settle(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
+    def settle(self, trial: Attempt, record: TrialRecord) -> TrialRecord:
         """Tells the ledger how the trial ended; returns the record as it stands there."""
-        spec = TrialSpec.from_json(trial.user_attrs["spec"])
-        smallest: Prediction = self.setup.smallest_prediction(spec)
+        smallest: Prediction = self.setup.smallest_prediction(trial.begun.spec)
         record = replace(
             record,
             memory_budget_bytes=self.setup.memory_budget_bytes,
@@ -98,9 +97,9 @@ class Books:
         )  # fmt: skip
         return record
 
-    def abandon(self, trial: optuna.Trial) -> None:
+    def abandon(self, trial: Attempt) -> None:
         """Gives up a running trial without a result; it will be run again."""
-        self.ledger.abandon(trial, TrialSpec.from_json(trial.user_attrs["spec"]))
+        self.ledger.abandon(trial)
 
     def place_of(self, record: TrialRecord) -> tuple[Path, str]:
         """Folder and model card of a trial's adapter."""

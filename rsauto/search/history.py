@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from rsauto.records import TrialRecord, TrialSpec
+from rsauto.records import SETTLED_OUTCOMES, TrialRecord, TrialSpec
 
 Settled = Sequence[tuple[TrialSpec, TrialRecord]]
 
@@ -58,14 +59,20 @@ class History:
         """Of the trial whose latest attempt has this number."""
         return next(n for n, trial in enumerate(self.trials) if trial.number == number)
 
-    @property
+    @cached_property
     def settled(self) -> Settled:
         """Everything that has ended."""
         return [(t.spec, t.record) for t in self.trials if t.record is not None]
 
-    @property
+    @cached_property
+    def num_begun(self) -> int:
+        """Trials that count or will; refusals by the planner are free."""
+        counting = [True for _, record in self.settled if record.outcome in SETTLED_OUTCOMES]
+        return len(counting) + self.num_unsettled
+
+    @cached_property
     def num_unsettled(self) -> int:
-        return sum(trial.record is None for trial in self.trials)
+        return len(self.trials) - len(self.settled)
 
 
 def history_of(attempts: Sequence[tuple[int, TrialSpec, TrialRecord | None]]) -> History:

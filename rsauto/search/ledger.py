@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +20,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
+from optuna.trial import TrialState, create_trial
 
 from rsauto.config import StudyConfig
 from rsauto.records import TrialRecord, TrialSpec
@@ -30,6 +30,7 @@ from rsauto.search.history import History
 from rsauto.search.liveness import Pulse, Watch, this_worker
 from rsauto.search.space import STORED_DISTRIBUTIONS, stored_params
 from rsauto.search.storage import patiently
+from rsauto.search.stored import StoredTrial, stored
 from rsauto.search.write_up import lost_record
 
 MEMORY, DIVERGENCE = "memory", "divergence"
@@ -50,10 +51,11 @@ class Ledger:
 
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
-        self._finished: dict[int, Attempt | None] = {}
-        self._last_read = Attempts(())
+        self.seen = Attempts()
+        """The study as it was when it was last read, by `attempts`."""
         self._lost_since: dict[int, float] = {}
         self._storage: BaseStorage = study._storage
+        self._stored = stored(study)
         self._watch = Watch(self._storage, study._study_id)
         self._pulse = Pulse(self._storage)
 
@@ -86,22 +88,12 @@ class Ledger:
     # ---------------------------------------------------------------- what is there
 
     def attempts(self) -> Attempts:
-        """The study as it is now. What is finished is parsed once: it does not change any more."""
-        found = [self._attempt(trial) for trial in self._trials()]
-        self._last_read = Attempts([attempt for attempt in found if attempt is not None])
-        return self._last_read
-
-    def _attempt(self, trial: FrozenTrial) -> Attempt | None:
-        if trial.number in self._finished:
-            return self._finished[trial.number]
-        attempt = Attempt.of(trial)
-        if trial.state.is_finished():
-            self._finished[trial.number] = attempt
-        return attempt
-
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        read = partial(self.study.get_trials, deepcopy=False, states=states or None)
-        return patiently(read)
+        """The study as it is now. Only what has changed is read, and taken in."""
+        for trial in patiently(self._stored.changed):
+            attempt = Attempt.of(trial)
+            if attempt is not None:
+                self.seen.put(attempt)
+        return self.seen
 
     def records(self) -> list[TrialRecord]:
         """Every settled or refused trial, by number."""
@@ -150,114 +142,123 @@ class Ledger:
 
     def begin(
         self, propose: Callable[[], TrialSpec | None], limit: int | None = None
-    ) -> tuple[optuna.Trial, TrialSpec] | None:
+    ) -> tuple[Attempt, TrialSpec] | None:
         """The next trial, marked as running by this process: one to be run again, or a new one.
 
-        None when there is nothing to run again and ``propose`` has nothing more. A new one that
-        another process begins at the same moment, or that would be more than ``limit``, is given
-        up, and ``propose`` asked again; it has nothing more once it sees ``limit`` trials begun.
+        None when there is nothing to run again and ``propose`` has nothing more; it may go by what
+        was `seen`. A new one that another process begins at the same moment, or that would be more
+        than ``limit``, is given up, and ``propose`` asked again; it has nothing more once it sees
+        ``limit`` trials begun.
         """
         back_off = MOST_BACK_OFF_SECONDS / 16
         while True:
-            trials = self._trials()
-            if any(trial.state == TrialState.WAITING for trial in trials):
-                again = self._begin_again(limit)
-                if again is not None:
-                    return again
+            self.attempts()
+            again = self._begin_again(limit)
+            if again is not None:
+                return again
+            unseen = self._stored.num_seen
             spec = propose()
             if spec is None:
                 return None
-            trial, spec = self.begin_new(spec, unseen=len(trials))
-            if not self._last_read.must_not_run(trial.number, limit):
+            trial, spec = self.begin_new(spec, unseen=unseen)
+            if not self.seen.must_not_run(trial.number, limit):
                 return trial, spec
-            self._withdraw(trial.number, trial._trial_id)
+            self._withdraw(trial)
             # Whoever are as quick as each other would otherwise go on proposing the same.
             time.sleep(random.uniform(0, back_off))
             back_off = min(2 * back_off, MOST_BACK_OFF_SECONDS)
 
-    def begin_new(
-        self, spec: TrialSpec, unseen: int | None = None
-    ) -> tuple[optuna.Trial, TrialSpec]:
+    def begin_new(self, spec: TrialSpec, unseen: int | None = None) -> tuple[Attempt, TrialSpec]:
         """Starts a trial of ``spec``, whoever waits to be run again.
 
         It is added as a running one. Optuna's own way, to enqueue it and to ask, would give the
         oldest that waits, or leave it to another process. Trials from the number ``unseen`` on were
         not known when it was proposed.
         """
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=stored_params(spec),
-            distributions=dict(STORED_DISTRIBUTIONS),
-            user_attrs={"spec": spec.to_json(), "worker": this_worker(), "unseen": unseen},
-        )
-        added = self._add(template)
+        attributes = {"worker": this_worker(), "unseen": unseen}
+        added = self._add(TrialState.RUNNING, spec, attributes)
         self._pulse.add(added.trial_id)
-        return patiently(partial(optuna.Trial, self.study, added.trial_id)), spec
+        return added, spec
 
-    def _add(self, template: FrozenTrial) -> Attempt:
+    def _add(self, state: TrialState, spec: TrialSpec, attributes: dict[str, Any]) -> Attempt:
         """Adds an attempt; its token tells whether that was done although no answer came."""
         token = uuid.uuid4().hex
-        template.user_attrs = {**template.user_attrs, "token": token}
+        template = create_trial(
+            state=state,
+            params=stored_params(spec),
+            distributions=dict(STORED_DISTRIBUTIONS),
+            user_attrs={"spec": spec.to_json(), **attributes, "token": token},
+        )
         tried: list[bool] = []
 
         def add() -> Attempt:
             found = self.attempts().with_token(token) if tried else None
             if found is None:
                 tried.append(True)
-                self.study.add_trial(template)
+                self._stored.add(template)
                 found = self.attempts().with_token(token)
             assert found is not None, "what was added is there"
             return found
 
         return patiently(add)
 
-    def _begin_again(self, limit: int | None) -> tuple[optuna.Trial, TrialSpec] | None:
+    def _begin_again(self, limit: int | None) -> tuple[Attempt, TrialSpec] | None:
         """The next trial that waits to be run again, None where there is none."""
-        while self._trials(TrialState.WAITING):
-            trial = patiently(self._ask)
-            if "spec" not in trial.user_attrs:
-                # Another process has taken it meanwhile, and Optuna has made an empty one.
-                self._fail(trial.number)
+        for waiting in self.seen.waiting():
+            if not self._take(waiting.trial_id):
                 continue
-            patiently(partial(trial.set_user_attr, "worker", this_worker()))
-            if self.attempts().must_not_run(trial.number, limit):
-                self._withdraw(trial.number, trial._trial_id)
+            if self.attempts().must_not_run(waiting.number, limit):
+                self._withdraw(waiting)
             else:
-                self._pulse.add(trial._trial_id)
-                return trial, TrialSpec.from_json(trial.user_attrs["spec"])
+                self._pulse.add(waiting.trial_id)
+                return self.seen.numbered(waiting.number), waiting.begun.spec
         return None
 
-    def _ask(self) -> optuna.Trial:
-        with warnings.catch_warnings():  # of heartbeats without `Study.optimize`: see `Pulse`
-            warnings.simplefilter("ignore", UserWarning)
-            return self.study.ask(fixed_distributions=dict(STORED_DISTRIBUTIONS))
+    def _take(self, trial_id: int) -> bool:
+        """Makes a waiting trial this process's own; False where another was quicker."""
 
-    def _withdraw(self, number: int, trial_id: int) -> None:
-        """Takes back a trial that was begun too much; it is no part of the study."""
-        self._pulse.drop(trial_id)
+        take = partial(self._storage.set_trial_state_values, trial_id, TrialState.RUNNING)
+        sign = partial(self._storage.set_trial_user_attr, trial_id, "worker", this_worker())
         with suppress(UpdateFinishedTrialError):
-            mark = partial(self._storage.set_trial_user_attr, trial_id, "withdrawn", True)
-            patiently(mark)
-        self._fail(number)
+            if patiently(take):
+                patiently(sign)
+                return True
+        return False
 
-    def _fail(self, number: int) -> bool:
-        """Ends a running trial without a result; False where another process has ended it."""
+    def give_back(self, trial: Attempt) -> None:
+        """Leaves the study as it was before `begin`."""
+        if trial.begun.spec.retry_of is None:
+            self._withdraw(trial)
+        else:
+            self.abandon(trial)
+
+    def _withdraw(self, trial: Attempt) -> None:
+        """Takes back a trial that was begun too much; it is no part of the study."""
+        self._pulse.drop(trial.trial_id)
+        with suppress(UpdateFinishedTrialError):
+            mark = partial(self._storage.set_trial_user_attr, trial.trial_id, "withdrawn", True)
+            patiently(mark)
+        self._fail(trial.trial_id)
+
+    def _fail(self, trial_id: int) -> bool:
+        """Ends a trial without a result; False where another process has ended it."""
         try:
-            patiently(lambda: self.study.tell(number, state=TrialState.FAIL))
-        except (ValueError, UpdateFinishedTrialError):
+            patiently(partial(self._storage.set_trial_state_values, trial_id, TrialState.FAIL))
+        except UpdateFinishedTrialError:
             return False
         return True
 
     # ---------------------------------------------------------------- ending
 
-    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+    def report(self, trial: Attempt, value: float, step: int) -> None:
         """Tells Optuna a point of a curve. Raises UpdateFinishedTrialError when the trial was
         given to another process."""
-        patiently(lambda: trial.report(value, step))
+        write = self._storage.set_trial_intermediate_value
+        patiently(partial(write, trial.trial_id, step, float(value)))
 
     def settle(
         self,
-        trial: optuna.Trial,
+        trial: Attempt,
         record: TrialRecord,
         *,
         value: float | None,
@@ -268,52 +269,55 @@ class Ledger:
 
         With the record written the trial is as good as settled: should the process die before
         the last write, `recover_orphans` makes it up. The result of a trial that was given to
-        another process meanwhile is dropped.
+        another process meanwhile is dropped. ``value`` is that of a complete or pruned trial.
         """
-        value = value if state == TrialState.COMPLETE else None
+        storage, trial_id = self._storage, trial.trial_id
+        told = value if state == TrialState.COMPLETE else None
 
         def write() -> None:
             for name, violation in constraints.items():
-                if name not in trial.constraints:
-                    trial.set_constraint(name, violation)
-            trial.set_user_attr("verdict", {"state": state.name, "value": value})
-            trial.set_user_attr("record", record.to_json())
-            self.study.tell(trial, value, state=state)
+                storage.set_trial_system_attr(trial_id, f"{_CONSTRAINTS_KEY}:{name}", violation)
+            verdict = {"state": state.name, "value": told}
+            storage.set_trial_user_attr(trial_id, "verdict", verdict)
+            storage.set_trial_user_attr(trial_id, "record", record.to_json())
+            values = None if value is None or state == TrialState.FAIL else [float(value)]
+            storage.set_trial_state_values(trial_id, state, values)
 
         try:
             patiently(write)
-        except (ValueError, UpdateFinishedTrialError):
-            if not self._is_finished(trial):
-                raise
+        except UpdateFinishedTrialError:
+            pass  # it was given to another process, or ended although no answer came
         finally:
-            self._pulse.drop(trial._trial_id)
+            self._pulse.drop(trial_id)
 
-    def _is_finished(self, trial: optuna.Trial) -> bool:
-        return self._trials()[trial.number].state.is_finished()
-
-    def abandon(self, trial: optuna.Trial, spec: TrialSpec) -> None:
+    def abandon(self, trial: Attempt) -> None:
         """Gives up a running trial without a result and puts it back to be run again."""
-        self._pulse.drop(trial._trial_id)
-        if self._fail(trial.number):
-            self._put_back(trial.number, spec, trial.user_attrs.get("deaths", 0))
+        self._pulse.drop(trial.trial_id)
+        if self._fail(trial.trial_id):
+            self._put_back(trial.number, trial.begun.spec, trial.deaths)
 
     # ---------------------------------------------------------------- recovering
 
-    def recover_orphans(self, *, is_alone: bool = False, limit: int | None = None) -> int:
+    def recover_orphans(
+        self, *, is_alone: bool = False, spares_own: bool = False, limit: int | None = None
+    ) -> int:
         """Puts trials of processes that no longer live back to be run again; how many there were.
 
         An orphan is failed, not retried in place: a retried trial would inherit what the dead
         process had already reported. One whose record was already written is finished instead, and
         one that processes died of `MOST_DEATHS` times is settled as failed.
-        Called before this process starts a trial, so one of its own is left from an earlier call.
         ``is_alone`` says that no other process can be at this study, on whatever host it was.
+        ``spares_own`` leaves alone what this ledger has begun and not ended: that process is in the
+        middle of it. Otherwise such a trial is left from an earlier call.
         """
-        running = self._trials(TrialState.RUNNING)
+        running = patiently(self._stored.running)
         orphans = running if is_alone else patiently(lambda: self._watch.orphans(running))
+        if spares_own:
+            orphans = [orphan for orphan in orphans if not self._pulse.has(orphan.trial_id)]
         ended = [orphan.number for orphan in orphans if self._end(orphan, limit)]
         now = time.monotonic()
         num_lost = 0
-        for attempt in self.attempts().lost():
+        for attempt in list(self.attempts().lost()):
             # Whoever has just ended one is about to put it back.
             since = self._lost_since.setdefault(attempt.number, now)
             if is_alone or attempt.number in ended or now - since > LOST_SECONDS:
@@ -321,51 +325,35 @@ class Ledger:
                 num_lost += 1
         return num_lost
 
-    def _end(self, orphan: FrozenTrial, limit: int | None) -> bool:
+    def _end(self, orphan: StoredTrial, limit: int | None) -> bool:
         """Takes a trial from its dead process; whether it is this process's to put back."""
-        attempts = self.attempts()
         if "record" in orphan.user_attrs:
             told = orphan.user_attrs["verdict"]
             state = TrialState[told["state"]]
             with suppress(ValueError, UpdateFinishedTrialError):
                 patiently(lambda: self.study.tell(orphan.number, told["value"], state=state))
             return False
-        if "spec" in orphan.user_attrs and attempts.must_not_run(orphan.number, limit):
-            self._withdraw(orphan.number, orphan._trial_id)
+        if "spec" not in orphan.user_attrs:
+            return self._fail(orphan.trial_id)
+        attempt = self.attempts().numbered(orphan.number)
+        if self.seen.must_not_run(orphan.number, limit):
+            self._withdraw(attempt)
             return False
-        if orphan.user_attrs.get("deaths", 0) + 1 >= MOST_DEATHS:
-            self._settle_lost(orphan)
+        if attempt.deaths + 1 >= MOST_DEATHS:
+            self._settle_lost(attempt, orphan.user_attrs.get("worker"))
             return False
-        return self._fail(orphan.number)
+        return self._fail(orphan.trial_id)
 
-    def _settle_lost(self, orphan: FrozenTrial) -> None:
+    def _settle_lost(self, trial: Attempt, worker: dict[str, Any] | None) -> None:
         """Ends a trial that kills whoever runs it: others must not die of it, too."""
-        spec = TrialSpec.from_json(orphan.user_attrs["spec"])
-        worker = orphan.user_attrs.get("worker")
-        name = worker and f"{worker['host']}:{worker['pid']}"
-        record = lost_record(orphan.number, spec, f"its process died {MOST_DEATHS} times", name)
-        trial = patiently(partial(optuna.Trial, self.study, orphan._trial_id))
+        name = None if worker is None else f"{worker['host']}:{worker['pid']}"
+        error = f"its process died {MOST_DEATHS} times"
+        record = lost_record(trial.number, trial.begun.spec, error, name)
         self.settle(trial, record, value=None, state=TrialState.FAIL, constraints={})
 
     def _put_back(self, number: int, spec: TrialSpec, deaths: int = 0) -> None:
         """``deaths`` are the processes that died of it so far."""
-        spec = replace(spec, retry_of=number)
-        template = create_trial(
-            state=TrialState.WAITING,
-            # As Optuna enqueues a trial, so that `ask` takes its settings from there.
-            system_attrs={"fixed_params": stored_params(spec)},
-            user_attrs={"spec": spec.to_json(), "deaths": deaths},
-        )
-        added = self._add(template)
-        if self._last_read.is_doubled(added.number):
-            self._withdraw_waiting(added.trial_id)
-
-    def _withdraw_waiting(self, trial_id: int) -> None:
-        """`_withdraw` for a trial that nobody has begun, which Optuna's `tell` does not take."""
-
-        def write() -> None:
-            self._storage.set_trial_user_attr(trial_id, "withdrawn", True)
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-
-        with suppress(UpdateFinishedTrialError):
-            patiently(write)
+        again = replace(spec, retry_of=number)
+        added = self._add(TrialState.WAITING, again, {"deaths": deaths})
+        if self.seen.is_doubled(added.number):
+            self._withdraw(added)

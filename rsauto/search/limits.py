@@ -18,8 +18,10 @@ def leaves_no_room(config: StudyConfig, history: History, num_reserved: int) -> 
     run to their end.
     """
     limit = config.search.max_tokens
+    if limit is None:
+        return False
     whole = [r.tokens for _, r in history.settled if r.outcome == "complete" and r.tokens]
-    if limit is None or not whole:
+    if not whole:
         return False
     needed = (num_reserved + history.num_unsettled + 1) * sum(whole) / len(whole)
     return num_tokens(history.settled) + needed > limit

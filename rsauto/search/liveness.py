@@ -15,8 +15,9 @@ import psutil
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
+
+from rsauto.search.stored import StoredTrial
 
 NAMELESS_SECONDS = 30.0
 """How long a running trial may be without the name of its worker, which is written at once."""
@@ -86,7 +87,7 @@ class Watch:
         self._nameless_since: dict[int, float] = {}
         self._greeted: set[int] = set()
 
-    def orphans(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    def orphans(self, running: Sequence[StoredTrial]) -> list[StoredTrial]:
         """Those of the running trials whose process is gone."""
         now = time.monotonic()
         silent = self._silent(running)
@@ -97,15 +98,15 @@ class Watch:
                 since = self._nameless_since.setdefault(trial.number, now)
                 is_orphan = now - since > NAMELESS_SECONDS
             else:
-                is_orphan = not worker_lives(worker) or trial._trial_id in silent
+                is_orphan = not worker_lives(worker) or trial.trial_id in silent
             if is_orphan:
                 found.append(trial)
         return found
 
-    def _silent(self, running: Sequence[FrozenTrial]) -> set[int]:
+    def _silent(self, running: Sequence[StoredTrial]) -> set[int]:
         """Ids of trials of other hosts whose heartbeat stopped."""
         storage = self._storage
-        workers = {trial._trial_id: trial.user_attrs.get("worker") for trial in running}
+        workers = {trial.trial_id: trial.user_attrs.get("worker") for trial in running}
         away = {i for i, worker in workers.items() if worker is not None and not is_here(worker)}
         if not away or not _has_heartbeat(storage):
             return set()
@@ -136,6 +137,10 @@ class Pulse:
         if self._thread is None and _has_heartbeat(self._storage):
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
+
+    def has(self, trial_id: int) -> bool:
+        """Whether this process is at the trial."""
+        return trial_id in self._trial_ids
 
     def drop(self, trial_id: int) -> None:
         self._trial_ids.discard(trial_id)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
-import optuna
-
 from rsauto.memory.kinds import Prediction
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.search.agenda import num_settled
+from rsauto.search.attempts import Attempt
 from rsauto.search.books import Books
 from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
 from rsauto.search.history import Settled
@@ -29,7 +28,7 @@ from rsauto.training.trial import Bench, OutOfMemory
 class Entrant:
     """A trial that has been begun in the ledger."""
 
-    trial: optuna.Trial
+    trial: Attempt
     spec: TrialSpec
     known: Settled
     """Of the others, what it is compared with."""

@@ -65,6 +65,8 @@ def may_search(config: StudyConfig, space: Space, history: History, objective: O
 
 def no_room_for(config: StudyConfig, space: Space, history: History, objective: Objective) -> bool:
     """Whether search.max_tokens leaves room for the last trials alone."""
+    if config.search.max_tokens is None:
+        return False
     reserved = num_still_reserved(space, history, objective.lower_is_better)
     return leaves_no_room(config, history, reserved)
 
@@ -109,7 +111,10 @@ def _sampled(
         return expected.best
     if expected is not None and config.search.strategy == "cost":
         return expected.best_for_its_time
-    attempts = [Attempt(spec, record, objective.told(record)) for spec, record in known.settled]
+    # Chance and the grid do not ask how good a trial was.
+    learns = config.search.strategy not in ("random", "grid")
+    told = objective.told if learns else lambda record: None
+    attempts = [Attempt(spec, record, told(record)) for spec, record in known.settled]
     attempts += [Attempt(spec, None, None) for spec in known.pending]
     return propose(space, attempts, config)
 

@@ -8,9 +8,11 @@ have asked, repeats no point, and may have its ranks widened.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -23,13 +25,12 @@ NUM_DRAWS = 16
 """Draws of an already tried point before any untried one will do."""
 
 
-class Attempt:
+class Attempt(NamedTuple):
     """A settled or running trial as the sampler sees it."""
 
-    def __init__(self, spec: TrialSpec, record: TrialRecord | None, value: float | None) -> None:
-        self.spec = spec
-        self.record = record
-        self.value = value
+    spec: TrialSpec
+    record: TrialRecord | None
+    value: float | None
 
 
 def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> TrialSpec | None:
@@ -37,32 +38,58 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
 
     Rank, layers and method decide the memory: what was refused once is not proposed again.
     """
-    tried = {attempt.spec.configuration() for attempt in attempts}
     refused = {
         (a.spec.rank, a.spec.target_modules, a.spec.method)
         for a in attempts
         if a.record is not None and a.record.outcome == "infeasible"
     }
 
-    def is_new(spec: TrialSpec) -> bool:
-        return spec.configuration() not in tried and (
-            (spec.rank, spec.target_modules, spec.method) not in refused
-        )
+    def may_fit(spec: TrialSpec) -> bool:
+        return (spec.rank, spec.target_modules, spec.method) not in refused
 
     if config.search.strategy == "grid":
-        return next(filter(is_new, space.grid()), None)
-    known = [t for a in attempts if (t := _as_trial(space, a)) is not None]
+        return next(filter(may_fit, _untried(space.grid(), attempts)), None)
     seeds = [_seed(config.training.seed, len(attempts), k) for k in range(NUM_DRAWS)]
-    draws = (_draw(space, known, config, _sampler(config, seed)) for seed in seeds)
-    found = next(filter(is_new, draws), None)
+    draws = _draws(space, attempts, config, seeds)
+    found = next((spec for spec in draws if may_fit(spec) and is_new(spec, attempts)), None)
     if found is not None:
         return found
     # The sampler insists on what was tried or refused: any other point will do, by chance.
-    untried = list(filter(is_new, space.points()))
-    if untried:
-        return random.Random(seeds[0]).choice(untried)
+    left = list(filter(may_fit, _untried(space.points(), attempts)))
+    if left:
+        return random.Random(seeds[0]).choice(left)
     draws = (_draw(space, [], config, RandomSampler(seed=seed)) for seed in seeds)
-    return next(filter(is_new, draws), None)
+    return next((spec for spec in draws if may_fit(spec) and is_new(spec, attempts)), None)
+
+
+def is_new(spec: TrialSpec, attempts: Sequence[Attempt]) -> bool:
+    """Whether no attempt has this configuration.
+
+    Most draws are new, and most differ in the learning rate already: a set of all configurations
+    would take longer to make than this takes to look.
+    """
+    rate, configuration = spec.learning_rate, spec.configuration()
+    return not any(
+        a.spec.learning_rate == rate and a.spec.configuration() == configuration for a in attempts
+    )
+
+
+def _untried(points: Iterable[TrialSpec], attempts: Sequence[Attempt]) -> Iterator[TrialSpec]:
+    tried = {attempt.spec.configuration() for attempt in attempts}
+    return (spec for spec in points if spec.configuration() not in tried)
+
+
+def _draws(
+    space: Space, attempts: Sequence[Attempt], config: StudyConfig, seeds: Sequence[int]
+) -> Iterator[TrialSpec]:
+    """What the strategy chooses, with one seed after another."""
+    known: list[FrozenTrial] = []
+    if config.search.strategy != "random":  # to which it is all the same
+        distributions = space.distributions()
+        found = (_as_trial(space, attempt, distributions) for attempt in attempts)
+        known = [trial for trial in found if trial is not None]
+    for seed in seeds:
+        yield _draw(space, known, config, _sampler(config, seed))
 
 
 def _draw(
@@ -90,12 +117,13 @@ def _seed(study_seed: int, num_attempts: int, redraw: int) -> int:
     return (study_seed * 1_000_003 + num_attempts * 10_007 + redraw * 101) % 2**32
 
 
-def _as_trial(space: Space, attempt: Attempt) -> FrozenTrial | None:
+def _as_trial(
+    space: Space, attempt: Attempt, distributions: dict[str, BaseDistribution]
+) -> FrozenTrial | None:
     """The attempt as an Optuna trial of today's space, None where it teaches nothing about it."""
     params = space.params(attempt.spec)
     if params is None:
         return None
-    distributions = space.distributions()
     record = attempt.record
     if record is None:
         return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import replace
 
-import optuna
-
 from rsauto.records import Outcome, TrialRecord, TrialSpec
+from rsauto.search.attempts import Attempt
 from rsauto.search.books import Books
 from rsauto.search.events import Event, TrialStarted, TrialStep
 from rsauto.search.history import Settled
@@ -18,7 +17,7 @@ from rsauto.training.trial import Bench, OutOfMemory, Trial
 
 
 def run_alone(
-    books: Books, bench: Bench, trial: optuna.Trial, spec: TrialSpec, known: Settled
+    books: Books, bench: Bench, trial: Attempt, spec: TrialSpec, known: Settled
 ) -> Generator[Event, None, TrialRecord]:
     """Trains and settles a trial; one that does not fit the budget is settled without."""
     prediction = books.setup.predict(spec)
@@ -39,7 +38,7 @@ def run_alone(
 
 
 def _train(
-    books: Books, trial: optuna.Trial, run: Trial, known: Settled
+    books: Books, trial: Attempt, run: Trial, known: Settled
 ) -> Generator[Event, None, tuple[Outcome, str | None]]:
     """Runs the trial's steps; an error inside becomes its outcome."""
     points = run.steps()

@@ -85,7 +85,7 @@ class Work:
         self._poll_seconds = poll_seconds
         self._begin_time = time.monotonic() if begin is None else begin
         self._must_wait = False
-        self._asked: object = None
+        self._asked: tuple[object, object] = (None, None)
         self._answer: TrialSpec | None = None
         self._told = {record.number for record in self.ledger.records()}
         self._recovered = self._heard = time.monotonic()
@@ -148,8 +148,7 @@ class Work:
         self._stop_if_failing()
         if self.ledger.num_running():
             self.is_shared = True  # this process runs none at the moment
-        if self.is_shared and time.monotonic() - self._recovered > RECOVERY_SECONDS:
-            self._recover()
+        self._recover_if_due()
         yield from self._news()
 
     def _wait(self) -> Iterator[Event]:
@@ -161,8 +160,13 @@ class Work:
         self._recover()
         yield from self._news()
 
-    def _recover(self) -> None:
-        self.ledger.recover_orphans(limit=self.config.search.trials)
+    def _recover_if_due(self, *, spares_own: bool = False) -> None:
+        if self.is_shared and time.monotonic() - self._recovered > RECOVERY_SECONDS:
+            self._recover(spares_own=spares_own)
+
+    def _recover(self, *, spares_own: bool = False) -> None:
+        """``spares_own`` while this process is in the middle of trials."""
+        self.ledger.recover_orphans(spares_own=spares_own, limit=self.config.search.trials)
         self._recovered = time.monotonic()
 
     def _reason_to_end(self) -> str | None:
@@ -179,6 +183,10 @@ class Work:
             return limit
         if not self.setup.space.ranks:
             return "no rank fits the memory budget any more"
+        return self._ended_elsewhere()
+
+    def _ended_elsewhere(self) -> str | None:
+        """Why whoever holds the folder has ended the study, None while it goes on."""
         ended: str | None = self.ledger.attributes().get("ended") if self.is_shared else None
         return ended
 
@@ -206,6 +214,7 @@ class Work:
                 yield from self._news(ran=event.record.number)
                 continue
             yield event
+            self._recover_if_due(spares_own=True)
             if self.is_shared and time.monotonic() - self._heard > NEWS_SECONDS:
                 yield from self._news()
 
@@ -307,8 +316,10 @@ class Work:
         begun = self.ledger.begin(propose, limit=self.config.search.trials)
         if begun is None:
             return None
-        history = self.ledger.history()
-        return Entrant(*begun, self._known_to(history, begun[0].number))
+        if self._ended_elsewhere() is not None:  # while this one was proposed
+            self.ledger.give_back(begun[0])
+            return None
+        return Entrant(*begun, self._known_to(self.ledger.seen.history, begun[0].number))
 
     def _known_to(self, history: History, number: int) -> Settled:
         """With what a trial is compared."""
@@ -328,16 +339,16 @@ class Work:
 
     def _propose(self) -> TrialSpec | None:
         """The next new trial; None where there is none, or it waits for one that is running."""
-        history = self.ledger.history()
+        history = self.ledger.seen.history  # everybody who asks has just read
         pending = [trial for trial in history.trials if trial.record is None]
         self._must_wait = bool(pending)
         if num_begun(history) >= self.config.search.trials:
             return None
         if not self._is_asynchronous and any(t.spec.role in REFERENCES for t in pending):
             return None  # everything after the defaults knows how they ended
-        asked = ([(trial.number, trial.record is None) for trial in history.trials], self.setup)
-        if asked == self._asked:
+        if self._asked[0] is history and self._asked[1] is self.setup:
             return self._answer  # a search may take long to propose, and is asked at every step
+        asked = (history, self.setup)
         config, lookahead = self.config, self.ledger.lookahead or 1
         if self._is_asynchronous:
             config = self._with_own_seed(config)
