@@ -45,7 +45,9 @@ Records = Callable[..., TrialRecord]
         (Objective("eval_loss", True, 2.0), 2.5, False),
         (Objective("accuracy", False, 0.5), -0.53, True),
         (Objective("accuracy", False, 0.5), -0.51, False),
-        (Objective("exact_match", False, 0.0), -0.01, True),
+        (Objective("accuracy", False, 0.96), -0.97, True),
+        (Objective("exact_match", False, 0.0), -0.06, True),
+        (Objective("exact_match", False, 0.0), -0.04, False),
         (Objective("exact_match", False, 0.0), 0.0, False),
     ],
 )

@@ -37,8 +37,9 @@ PATIENCE = 2
 
 
 PROGRESS = 0.05
-"""Share of the untouched model's objective by which the leader of a rung must have bettered it.
-Before, trials differ by how little they have disturbed the model, and low rates look best."""
+"""Share of the way from the untouched model to a perfect one (a loss of 0, a metric of 1) that the
+leader of a rung must have gone. Before, trials differ by how little they have disturbed the model,
+and low rates look best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,10 @@ def goes_on(own: Rival, others: Sequence[Rival], rung: int, num_rungs: int, num_
 
 def is_telling(objective: Objective, rivals: Sequence[Rival]) -> bool:
     """Whether the trials at a rung can be compared: the best of them has learnt something."""
-    untouched = objective.untouched if objective.minimize else -objective.untouched
-    gain = untouched - min((rival.value for rival in rivals), default=math.inf)
-    return gain > 0 and gain >= PROGRESS * abs(untouched)
+    untouched, perfect = objective.untouched, 0.0 if objective.minimize else 1.0
+    best = min((rival.value for rival in rivals), default=math.inf)
+    gain = untouched - best if objective.minimize else -best - untouched
+    return gain > 0 and gain >= PROGRESS * abs(perfect - untouched)
 
 
 def gives_up(
