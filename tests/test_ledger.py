@@ -407,6 +407,26 @@ def test_a_waiting_trial_that_another_process_takes_first_is_let_be(
     assert len(ledger.study.trials) == 3, "no empty one was made"
 
 
+def test_a_waiting_trial_is_taken_once_where_no_rows_are_locked(tmp_path: Path) -> None:
+    """With SQLite another process may take it in the middle of this one's doing so."""
+    one, other = (Ledger.open(storage_of("sqlite", tmp_path), config_of()) for _ in range(2))
+    one.abandon(one.begin_new(spec_of(4))[0])
+    found: list[Any] = []
+
+    def other_is_quicker(*said: Any) -> None:
+        if said[2].startswith("UPDATE trials") and not found:
+            found.append("a place")
+            found[0] = other.begin(lambda: None)
+
+    engine = one._storage._backend.engine  # type: ignore[attr-defined]
+    event.listen(engine, "before_cursor_execute", other_is_quicker)
+    found.append(one.begin(lambda: None))
+    assert found[1] is None and found[0] is not None
+    assert found[0][1] == spec_of(4, retry_of=0)
+    trial = other.study.trials[1]
+    assert trial.state == TrialState.RUNNING and trial.datetime_start is not None
+
+
 def test_half_a_line_is_cut_off_while_others_have_the_journal_open(tmp_path: Path) -> None:
     """The disk of one was full in the middle of a line; the next to write is another."""
     one, other = journal_ledger(tmp_path), journal_ledger(tmp_path)

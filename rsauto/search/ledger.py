@@ -216,11 +216,9 @@ class Ledger:
 
     def _take(self, trial_id: int) -> bool:
         """Makes a waiting trial this process's own; False where another was quicker."""
-
-        take = partial(self._storage.set_trial_state_values, trial_id, TrialState.RUNNING)
         sign = partial(self._storage.set_trial_user_attr, trial_id, "worker", this_worker())
         with suppress(UpdateFinishedTrialError):
-            if patiently(take):
+            if patiently(partial(self._stored.take, trial_id)):
                 patiently(sign)
                 return True
         return False

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import distribution_to_json
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     StudyModel,
@@ -59,6 +61,9 @@ class Stored(Protocol):
     def add(self, trial: FrozenTrial) -> None:
         """Adds a running or waiting trial."""
 
+    def take(self, trial_id: int) -> bool:
+        """Makes a waiting trial a running one; False where another process was quicker."""
+
 
 def stored(study: optuna.Study) -> Stored:
     """The fastest way to read a study."""
@@ -90,6 +95,11 @@ class _InProcess:
 
     def add(self, trial: FrozenTrial) -> None:
         self._study.add_trial(trial)
+
+    def take(self, trial_id: int) -> bool:
+        with suppress(UpdateFinishedTrialError):
+            return self._study._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return False
 
 
 def _read(trial: FrozenTrial) -> StoredTrial:
@@ -161,6 +171,15 @@ class _InDatabase:
             number = connection.execute(before).scalar_one()
             numbered = update(trials).where(trials.c.trial_id == trial_id)
             connection.execute(numbered.values(number=number))
+
+    def take(self, trial_id: int) -> bool:
+        """In one statement: Optuna reads the state and then writes it, which with SQLite, that
+        locks no rows, two processes may do at the same time."""
+        trials, now = TrialModel.__table__, datetime.now(UTC).replace(tzinfo=None)
+        is_it = (trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
+        taken = {"state": TrialState.RUNNING, "datetime_start": now}
+        with self._engine.begin() as connection:
+            return connection.execute(update(trials).where(*is_it).values(taken)).rowcount == 1
 
     def _states(
         self, connection: Connection, condition: ColumnElement[bool]
