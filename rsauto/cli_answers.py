@@ -66,7 +66,7 @@ def compare(
         for path in write_comparison(found, out) if out is not None else ():
             typer.echo(f"written      {path}", err=as_json)
         if as_json:
-            typer.echo(found.rows.to_json(orient="records"))
+            typer.echo(json.dumps(found.values, allow_nan=False))
 
 
 def train(

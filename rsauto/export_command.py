@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,5 +48,5 @@ def _lines(exported: Exported) -> list[str]:
     if exported.parity is not None:
         lines.append(f"parity       {exported.parity}")
     if exported.command is not None:
-        lines.append(f"run          cd {exported.out} && {exported.command}")
+        lines.append(f"run          cd {shlex.quote(str(exported.out))} && {exported.command}")
     return lines + [f"differs      {note}" for note in exported.notes]

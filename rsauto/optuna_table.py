@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import pandas as pd
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from rsauto.errors import InputError, nearest
@@ -62,7 +63,8 @@ def trials_of(
     (``NAMES``) or of the one that ``columns`` gives; what has none keeps its own name, with
     ``param_`` in front for a parameter. A trial that violates a constraint is not feasible, a
     pruned one has the last value it reported, and the share of the longest trial's steps as its
-    fidelity. ``trial_seconds`` is the trial's whole duration.
+    fidelity. ``trial_seconds`` is the trial's whole duration. ``attrs["minimize"]`` of the table
+    says by objective whether less is better.
 
     Raises InputError for a wrong number of objectives, or a column that is no column.
     """
@@ -75,7 +77,10 @@ def trials_of(
     settled = [t for t in study.get_trials(deepcopy=False) if t.state in _OUTCOMES]
     longest = max((t.last_step or 0 for t in settled), default=0)
     rows = [_row(trial, objectives, names, longest) for trial in settled]
-    return _typed(rows)
+    frame = _typed(rows)
+    is_minimised = [way == StudyDirection.MINIMIZE for way in study.directions]
+    frame.attrs["minimize"] = dict(zip(objectives, is_minimised, strict=True))
+    return frame
 
 
 def _records(study: optuna.Study) -> list[TrialRecord]:
@@ -107,12 +112,13 @@ def _check(study: optuna.Study, objectives: Sequence[str], columns: Mapping[str,
 def _row(
     trial: FrozenTrial, objectives: Sequence[str], names: Mapping[str, str], longest: int
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"number": trial.number, "outcome": _OUTCOMES[trial.state]}
+    row: dict[str, Any] = {}
     for name, value in trial.user_attrs.items():
         row[names.get(name, name)] = value
     for name, value in trial.params.items():
         ours = names.get(name, name)
         row[ours if ours in COLUMNS else f"{FOREIGN}{name}"] = value
+    row |= {"number": trial.number, "outcome": _OUTCOMES[trial.state]}  # whatever it noted itself
     row |= dict(zip(objectives, _values(trial, len(objectives)), strict=True))
     if trial.last_step is not None:
         row.setdefault("steps", trial.last_step)

@@ -126,6 +126,32 @@ def test_own_names_and_several_objectives() -> None:
         trials_of(study, objective=["eval_loss", "accuracy"], columns={"width": "rnk"})
 
 
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 4), ("maximize", 16)])
+def test_the_studys_direction_says_which_value_is_better(direction: str, best: int) -> None:
+    """Under whatever name: nothing in val_loss says to us that less is better."""
+    study = optuna.create_study(direction=direction)
+    for rank in (4, 16):
+        study.enqueue_trial({"rank": rank})
+    study.optimize(lambda t: float(t.suggest_int("rank", 1, 16)), n_trials=2)
+    for name in ("val_loss", "eval_loss"):
+        trials = trials_of(study, objective=name)
+        assert rsauto.select_rank(trials, objective=name, within=0)["rank"] == best
+        assert trials.attrs["minimize"] == {name: direction == "minimize"}
+
+
+def test_what_a_trial_noted_does_not_change_its_number_or_outcome() -> None:
+    study = optuna.create_study()
+
+    def loss(trial: optuna.Trial) -> float:
+        trial.set_user_attr("number", 7)
+        trial.set_user_attr("outcome", "splendid")
+        return float(trial.suggest_int("rank", 4, 4))
+
+    study.optimize(loss, n_trials=1)
+    trials = trials_of(study)
+    assert trials["number"].tolist() == [0] and trials["outcome"].tolist() == ["complete"]
+
+
 def test_a_value_that_the_column_cannot_hold_is_named() -> None:
     study = optuna.create_study()
     study.optimize(lambda t: float(len(t.suggest_categorical("rank", ["small"]))), n_trials=1)

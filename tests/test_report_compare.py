@@ -71,6 +71,45 @@ def test_a_front_is_drawn_only_where_the_data_are_the_same(shorter: Path) -> Non
     assert "compare their gains, not their values" in other.notes[0]
 
 
+def renamed(folder: Path, study: Path) -> Path:
+    """The records of a study, under the name that every study has unless it is given one."""
+    folder.mkdir()
+    for name in ("environment.json", "trials.jsonl"):
+        shutil.copyfile(study / name, folder / name)
+    text = (study / "study.yaml").read_text(encoding="utf-8")
+    text = text.replace(f"name: {study.name}\n", "name: study\n", 1)
+    (folder / "study.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_studies_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    one, other = renamed(tmp_path / "one", SMALL), renamed(tmp_path / "other", LARGE)
+    again = renamed(tmp_path / "again", SMALL)
+    found = comparison([one, other])
+    assert found.front is None and "compare their gains, not their values" in found.notes[0]
+    assert found.rows["study"].tolist() == ["study", "study"]
+    assert found.rows["same_data_as"].tolist() == [f"study ({one})", f"study ({other})"]
+    alike = comparison([one, again])
+    assert alike.front is not None
+    assert [layer.name for layer in alike.front.layers] == [f"study ({one})", f"study ({again})"]
+
+
+def test_numbers_in_json_are_whole(tmp_path: Path) -> None:
+    folder = renamed(tmp_path / "small-rates", SMALL)
+    records = [
+        json.loads(line) for line in (folder / "trials.jsonl").read_text("utf-8").splitlines()
+    ]
+    for record in records:
+        record["learning_rate"] *= 1e-6
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", str(folder), str(SMALL), "--json"])
+    told = json.loads(done.stdout.splitlines()[-1])
+    rows = rsauto.compare([folder, SMALL])
+    assert [row["learning_rate"] for row in told] == rows["learning_rate"].tolist()
+    assert told[0].keys() == COLUMNS.keys()
+
+
 def test_the_command_shows_and_writes_them(shorter: Path, tmp_path: Path) -> None:
     out = tmp_path / "side" / "by"
     words = ["compare", str(SMALL), str(shorter), "--out", str(out), "--json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pandas as pd
@@ -212,6 +213,9 @@ def test_nothing_fits_says_what_the_smallest_needs() -> None:
         ({"objective": "bleu"}, "'bleu' is not a column"),
         ({"time_budget": "soon"}, "time_budget must be seconds, .* got 'soon'"),
         ({"time_budget": 0}, "time_budget must be"),
+        ({"time_budget": True}, "time_budget must be"),
+        ({"time_budget": [1]}, "time_budget must be"),
+        ({"parameters": True}, "parameters must be a whole number"),
         ({"time_budget": "-2h"}, "time_budget must be"),
         ({"time_budget": "3.5h", "parameters": 1.5}, "parameters must be a whole number"),
     ],
@@ -239,7 +243,10 @@ def test_time_and_parameters_limit_what_is_considered() -> None:
     assert select_rank(frame, time_budget=239)["rank"] == 16
     assert select_rank(frame, time_budget="4min")["rank"] == 64
     assert select_rank(frame, time_budget="89")["rank"] == 8
+    assert select_rank(frame, time_budget=timedelta(minutes=4))["rank"] == 64
     assert select_rank(frame, parameters=400)["rank"] == 32
+    counts = frame["num_trainable_params"].to_numpy(dtype="int64")
+    assert select_rank(frame, parameters=counts[2])["rank"] == 32, "a number of NumPy's"
     assert select_rank(frame, parameters=400, time_budget="1h", prefer="largest")["rank"] == 16
     with pytest.raises(InputError, match=r"time_budget of 59\.0 s: .* rank 8, takes 1 min 0 s"):
         select_rank(frame, time_budget=59)

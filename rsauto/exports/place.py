@@ -22,6 +22,12 @@ def require_free(place: Path, force: bool) -> None:
     """Raises InputError for a folder that holds something, unless it is an export to replace."""
     if place.exists() and not place.is_dir():
         raise InputError(f"--out {place}: is a file, not a folder. Choose another --out.")
+    here = Path.cwd()
+    if place.resolve() in (here, *here.parents):
+        raise InputError(
+            f"--out {place}: holds the folder this runs in, which is not replaced under your feet. "
+            "Name a folder below it, or another one."
+        )
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not _is_export(place):

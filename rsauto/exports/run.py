@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rsauto.atomic import write_text
 from rsauto.base import load_weights, pick_device
 from rsauto.card import Form, Subject, model_card
 from rsauto.environment import package_versions
+from rsauto.errors import InputError
 from rsauto.exports.axolotl import ABILITIES as AXOLOTL
 from rsauto.exports.axolotl import write_axolotl
 from rsauto.exports.chosen import Chosen, choose
@@ -44,7 +44,7 @@ from rsauto.exports.weights import (
 )
 from rsauto.records import TrialRecord
 from rsauto.report.choice import Choice
-from rsauto.report.table import load_study
+from rsauto.report.table import checked_record, load_study
 
 _SETTINGS: Mapping[str, tuple[Abilities, Callable[[Recipe, Path], Written]]] = {
     "axolotl": (AXOLOTL, write_axolotl),
@@ -198,14 +198,18 @@ def _card(chosen: Chosen, form: Form, saved: Saved | None) -> str:
 
 
 def _trained(record: TrialRecord, again: dict[str, Any]) -> TrialRecord:
-    """The record of the full-length run, where what was written is one."""
+    """The record of the full-length run. Raises InputError where it is none."""
     try:
-        return TrialRecord.from_json({**json.loads(json.dumps(record.to_json())), **again})
-    except (TypeError, ValueError):
-        return record
+        return checked_record({**record.to_json(), **again})
+    except ValueError as error:
+        raise InputError(
+            f"trial {record.number}: the record.json of its training is not what rsauto train "
+            f"wrote: {error}. Remove that training's folder, or train it again."
+        ) from None
 
 
 def _test_metrics(again: dict[str, Any] | None) -> dict[str, float]:
     """Numbers of the test split that `rsauto train` wrote."""
-    found = (again or {}).get("test") or {}
-    return {k: float(v) for k, v in found.items() if k != "rows" and isinstance(v, (int, float))}
+    found = (again or {}).get("test")
+    values = found.items() if isinstance(found, dict) else ()
+    return {k: float(v) for k, v in values if k != "rows" and isinstance(v, (int, float))}

@@ -8,6 +8,7 @@ the product of their lengths over gamma_r, and PEFT's AdaLoRA can be made of the
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def saved_weights(chosen: Chosen) -> Saved:
     raise InputError(
         f"trial {chosen.record.number}: its weights are not in {chosen.study.folder}. A study "
         "keeps those of its best trials only. Train it at full length, then export it: "
-        f"rsauto train {chosen.study.folder} {asked}".rstrip()
+        f"rsauto train {shlex.quote(str(chosen.study.folder))} {asked}".rstrip()
     )
 
 

@@ -24,6 +24,8 @@ from rsauto.records import StepPoint, TrialSpec
 
 _MAY_DIFFER = {"role", "retry_of", "cohort", "cohort_size", "micro_batch_size", "product_order"}
 """Of a spec: what changes its results by rounding alone, or not at all."""
+_SHOWN = {"eval_loss", "perplexity", "metrics", "test", "test_source"}
+"""Of the results: what a finished training tells once more."""
 _OF_LENGTH = {"steps", "num_evals", "allocation"}
 
 
@@ -105,9 +107,13 @@ class OutFolder:
         return values
 
     def finished(self) -> dict[str, Any]:
-        """The results of a training that has ended."""
+        """The results of a training that has ended. Raises InputError for another file."""
         found = self._read(self.record_file)
         assert found is not None, "asked for once it is finished"
+        if not _SHOWN <= found.keys():
+            raise InputError(
+                f"{self.record_file}: is not what rsauto train wrote. Choose another --out."
+            )
         return found
 
     def finish(self, values: Mapping[str, Any]) -> None:

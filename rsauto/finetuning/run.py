@@ -20,7 +20,13 @@ from rsauto.search.identity import fingerprints_of
 from rsauto.search.setup import Setup, planned, set_up_unrestricted
 from rsauto.search.write_up import trial_card, trial_record
 from rsauto.stop import StopFlag
-from rsauto.training.checkpoints import Snapshot, checkpoints, read_checkpoint, write_checkpoint
+from rsauto.training.checkpoints import (
+    OtherAdapterError,
+    Snapshot,
+    checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.loop import Diverged
 from rsauto.training.trial import Bench, OutOfMemory, Trial, untouched
@@ -94,6 +100,9 @@ def training_events(job: Job, stop: StopFlag | None = None) -> Iterator[Event]:
         has_token_types=setup.data.train[0].token_type_ids is not None,
     )
     with StudyFolder(job.out).locked():
+        if folder.is_finished:  # by another process, while this one read model and data
+            yield Finished(folder.finished(), was_finished=True)
+            return
         yield from _Run(job, folder, setup, test, stop or StopFlag()).events()
 
 
@@ -198,17 +207,23 @@ class _Run:
                 ) from None
             except OutOfMemory as full:
                 raise BudgetError(self._out_of_memory(full)) from None
+            except OtherAdapterError as error:
+                raise InputError(
+                    f"{self.folder.checkpoints}: cannot be continued: {error}. Remove the folder "
+                    "to begin anew, or choose another --out."
+                ) from None
         yield Finished(values)
 
     def _read_last_checkpoint(self) -> Iterator[Remark]:
         """Sets `kept` to the newest checkpoint that can be read, None where there is none."""
         self.kept: Snapshot | None = None
-        for path in reversed(checkpoints(self.folder.checkpoints)):
+        left = checkpoints(self.folder.checkpoints)
+        while left and self.kept is None:
             try:
-                self.kept = read_checkpoint(path)
-                break
+                self.kept = read_checkpoint(left.pop())
             except ValueError as error:
-                yield Remark(f"{error}; going on from the one before")
+                then = "going on from the one before" if left else "beginning anew"
+                yield Remark(f"{error}; {then}")
         self.folder.cut_curve(self.kept.step if self.kept else 0)
 
     def _steps(self, run: Trial) -> Iterator[Event]:

@@ -53,7 +53,8 @@ COLUMNS = {
 """Columns of ``compare``, one row a study: settings and costs of what it recommends (objective is
 the mean over num_seeds seeds), the tuned default's objective and the gain over it, the best one's
 rank and objective, and the trials and tokens that were spent. same_data_as is the first study with
-the same rows, lengths and model vocabulary; only such objectives may be compared."""
+the same rows, lengths and model vocabulary, with its folder where names are the same; only such
+objectives may be compared."""
 
 _SHOWN = (
     "study", "folder", "model", "data", "memory_budget_bytes", "method", "rank", "alpha",
@@ -82,6 +83,14 @@ class Comparison:
     """What must be known to read the rows."""
     front: Panel | None
     """Objective against memory, a line a study; None where their data differ."""
+
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """The rows as JSON values, every digit of them; what is not known is None."""
+        return [
+            {str(name): None if pd.isna(value) else value for name, value in row.items()}
+            for row in self.rows.astype(object).to_dict(orient="records")
+        ]
 
     @property
     def grid(self) -> Grid:
@@ -119,18 +128,19 @@ def comparison(folders: Sequence[Path | str]) -> Comparison:
             "Compare those of one objective."
         )
     judged = [(s, judge(s.config, s.records, s.environment)) for s in studies]
-    first_with = _first_with_same_data(studies)
+    labels = _labels(studies)
+    first = _first_with_same_data(studies)
     rows = [
-        _row(study, verdict, same)
-        for (study, verdict), same in zip(judged, first_with, strict=True)
+        _row(study, verdict, labels[same])
+        for (study, verdict), same in zip(judged, first, strict=True)
     ]
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
-    is_alike = len(set(first_with)) == 1
+    is_alike = set(first) == {0}
     return Comparison(
         objective=next(iter(objectives)),
         rows=frame,
-        notes=_notes(judged, is_alike),
-        front=_front(judged) if is_alike else None,
+        notes=_notes(judged, labels, is_alike),
+        front=_front(judged, labels) if is_alike else None,
     )
 
 
@@ -202,13 +212,20 @@ def _objective(standing: Standing | None) -> float | None:
     return None if standing is None else standing.objective
 
 
-def _first_with_same_data(studies: Sequence[Study]) -> list[str]:
-    """For each study the first one whose data have the same fingerprint; itself where unknown."""
-    first: dict[Any, str] = {}
+def _labels(studies: Sequence[Study]) -> list[str]:
+    """The studies' names, with the folder where two have the same."""
+    names = [study.config.name for study in studies]
     return [
-        first.setdefault(_data_of(study) or str(study.folder), study.config.name)
-        for study in studies
+        name if names.count(name) == 1 else f"{name} ({study.folder})"
+        for name, study in zip(names, studies, strict=True)
     ]
+
+
+def _first_with_same_data(studies: Sequence[Study]) -> list[int]:
+    """For each study the place of the first whose data have the same fingerprint; its own where
+    unknown."""
+    first: dict[str | int, int] = {}
+    return [first.setdefault(_data_of(study) or n, n) for n, study in enumerate(studies)]
 
 
 def _data_of(study: Study) -> str | None:
@@ -218,14 +235,18 @@ def _data_of(study: Study) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _notes(judged: Sequence[tuple[Study, Verdict]], is_alike: bool) -> tuple[str, ...]:
+def _notes(
+    judged: Sequence[tuple[Study, Verdict]], labels: Sequence[str], is_alike: bool
+) -> tuple[str, ...]:
     notes = []
     if not is_alike:
         notes.append(
             "The studies were not trained and validated on the same tokens (other rows, another "
             "length or another vocabulary): compare their gains, not their values."
         )
-    unknown = [study.config.name for study, verdict in judged if verdict.noise is None]
+    unknown = [
+        label for label, (_, verdict) in zip(labels, judged, strict=True) if verdict.noise is None
+    ]
     if unknown:
         notes.append(
             f"Nothing is known about the noise of {', '.join(unknown)}: no configuration ran on "
@@ -237,7 +258,7 @@ def _notes(judged: Sequence[tuple[Study, Verdict]], is_alike: bool) -> tuple[str
     return tuple(notes)
 
 
-def _front(judged: Sequence[tuple[Study, Verdict]]) -> Panel | None:
+def _front(judged: Sequence[tuple[Study, Verdict]], labels: Sequence[str]) -> Panel | None:
     """The Pareto front of every study in one figure."""
     objective, minimize = judged[0][1].objective, judged[0][1].minimize
     needs = pd.concat([cost_bytes(study.trials) for study, _ in judged]).dropna()
@@ -250,7 +271,7 @@ def _front(judged: Sequence[tuple[Study, Verdict]]) -> Panel | None:
         front = pareto(trials, "memory_bytes", objective, minimize)
         layers.append(
             Layer(
-                name=study.config.name,
+                name=labels[index],
                 x=tuple(float(cost) / divisor for cost in front["memory_bytes"]),
                 y=tuple(float(value) for value in front[objective]),
                 colour=RANK_COLOURS[index % len(RANK_COLOURS)],

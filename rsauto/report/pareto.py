@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
+from numbers import Integral
 from typing import Any, Literal
 
 import pandas as pd
@@ -55,7 +57,7 @@ def select_rank(
     *,
     min_seeds: int = 1,
     tolerance: float = 0.0,
-    time_budget: float | str | None = None,
+    time_budget: float | str | timedelta | None = None,
     parameters: int | None = None,
 ) -> pd.Series[Any]:
     """The row of the configuration to take, averaged over its seeds (see ``configurations``).
@@ -73,8 +75,9 @@ def select_rank(
     largest   the largest rank, at its best objective: the rule of the rsLoRA paper
 
     ``min_seeds`` leaves out configurations that ran on fewer seeds: the best of many single runs is
-    partly luck. ``minimize`` None decides by the objective's name. Raises InputError if nothing
-    fits, or an argument makes no sense.
+    partly luck. ``minimize`` None goes by the direction of the Optuna study that the table is of,
+    and else by the objective's name. Raises InputError if nothing fits, or an argument makes no
+    sense.
     """
     _check_arguments(trials, within, prefer, objective)
     rows = configurations(full_runs(trials, objective))
@@ -92,7 +95,7 @@ def select_rank(
         within,
         prefer,
         objective=objective,
-        minimize=objective in MINIMISED if minimize is None else minimize,
+        minimize=_is_minimised(trials, objective) if minimize is None else minimize,
         tolerance=tolerance,
     )
 
@@ -184,6 +187,11 @@ def _check_arguments(trials: pd.DataFrame, within: float, prefer: str, objective
     _check_column(trials, objective)
 
 
+def _is_minimised(trials: pd.DataFrame, objective: str) -> bool:
+    told: dict[str, bool] = trials.attrs.get("minimize", {})
+    return told.get(objective, objective in MINIMISED)
+
+
 def _check_column(trials: pd.DataFrame, name: str) -> None:
     if name in trials.columns and pd.api.types.is_numeric_dtype(trials[name]):
         return
@@ -204,16 +212,19 @@ def _budget(memory_budget: int | str | None) -> int | None:
         raise InputError(f"memory_budget {memory_budget!r}: {error}") from None
 
 
-def _seconds(time_budget: float | str | None) -> float | None:
+def _seconds(time_budget: float | str | timedelta | None) -> float | None:
     """Seconds of a number or a text such as "90min"."""
     if time_budget is None:
         return None
     try:
-        text = isinstance(time_budget, str) and not time_budget.strip().isdecimal()
-        found = pd.Timedelta(time_budget).total_seconds() if text else float(time_budget)
-    except ValueError:
+        if isinstance(time_budget, str) and not time_budget.strip().isdecimal():
+            time_budget = pd.Timedelta(time_budget)
+        if isinstance(time_budget, timedelta):
+            time_budget = time_budget.total_seconds()
+        found = float(time_budget)
+    except (TypeError, ValueError):
         found = math.nan
-    if not (math.isfinite(found) and found > 0):
+    if isinstance(time_budget, bool) or not (math.isfinite(found) and found > 0):
         raise InputError(
             f'time_budget must be seconds, or text such as "90min" or "2h", got {time_budget!r}'
         )
@@ -221,6 +232,9 @@ def _seconds(time_budget: float | str | None) -> float | None:
 
 
 def _parameters(parameters: int | None) -> int | None:
-    if parameters is not None and not (isinstance(parameters, int) and parameters > 0):
+    if parameters is None:
+        return None
+    is_whole = isinstance(parameters, Integral) and not isinstance(parameters, bool)
+    if not (is_whole and parameters > 0):
         raise InputError(f"parameters must be a whole number above zero, got {parameters!r}")
-    return parameters
+    return int(parameters)

@@ -240,6 +240,11 @@ def _record(line: str) -> TrialRecord:
     data = json.loads(line)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
+    return checked_record(data)
+
+
+def checked_record(data: dict[str, Any]) -> TrialRecord:
+    """A record of JSON values. Raises ValueError that says which of them is wrong."""
     try:
         # A metric that was not finite is written as null; absent says the same.
         data["metrics"] = _without_null(data.get("metrics"))

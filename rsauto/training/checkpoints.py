@@ -40,6 +40,10 @@ _WEIGHTS, _MOMENTS, _PROGRESS = "adapter.safetensors", "optimizer.safetensors", 
 _VERSION = 1
 
 
+class OtherAdapterError(ValueError):
+    """A checkpoint is of another adapter than the one it was to go on with."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a trial is, in plain numbers."""
@@ -103,8 +107,7 @@ def snapshot(adapted: PeftModel, optimizer: Optimizer, progress: Progress) -> Sn
 def restore(adapted: PeftModel, kept: Snapshot) -> None:
     """Puts weights and AdaLoRA's allocation into a fresh adapter of the same spec.
 
-    Before its optimizer is built: parameters may take other shapes. Raises ValueError where the
-    snapshot is of another adapter.
+    Before its optimizer is built: parameters may take other shapes. Raises OtherAdapterError.
     """
     layers = dict(svd_layers(adapted))
     suffix = f".{ADAPTER_NAME}"
@@ -114,11 +117,11 @@ def restore(adapted: PeftModel, kept: Snapshot) -> None:
     found = {names[name]: tensor for name, tensor in left.items()}
     parameters = trainable_parameters(adapted)
     if found.keys() != parameters.keys():
-        raise ValueError("the checkpoint's parameters are not those of this adapter")
+        raise OtherAdapterError("the checkpoint's parameters are not those of this adapter")
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != found[name].shape:
-                raise ValueError(
+                raise OtherAdapterError(
                     f"{name} is {tuple(parameter.shape)}, in the checkpoint "
                     f"{tuple(found[name].shape)}"
                 )
@@ -129,11 +132,13 @@ def restore_moments(adapted: PeftModel, optimizer: Optimizer, kept: Snapshot) ->
     """Puts the moments into a fresh optimizer over the restored parameters.
 
     Not by the optimizer's own `load_state_dict`, which rounds float32 moments of bfloat16
-    parameters.
+    parameters. Raises OtherAdapterError.
     """
     parameters = trainable_parameters(adapted)
     for key, value in {**kept.moments, **kept.plain_moments}.items():
         name, _, moment = key.partition("|")
+        if name not in parameters:
+            raise OtherAdapterError(f"the checkpoint has moments of {name}, which is not trained")
         parameter = parameters[name]
         if isinstance(value, Tensor):
             value = value.to(parameter.device, copy=True)
