@@ -45,6 +45,8 @@ def run_export(
 
 def _lines(exported: Exported) -> list[str]:
     lines = [f"export       trial {exported.trial} as {exported.to}: {exported.out}"]
+    if exported.weights is not None:
+        lines.append(f"weights      {exported.weights}, trained for {exported.steps} steps")
     if exported.parity is not None:
         lines.append(f"parity       {exported.parity}")
     if exported.command is not None:

@@ -194,6 +194,27 @@ def test_a_head_goes_with_the_adapter_and_into_the_merged_model(
     assert result.exit_code == 2 and "cannot express a sequence classifier" in result.output
 
 
+def test_of_several_trainings_the_one_asked_for_comes_first_then_the_longest(
+    study: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    record = trial_of(study)
+    for name, steps in (("a", 1), ("b", 60), ("c", 9)):
+        place = folder / "trained" / name
+        shutil.copytree(study / "adapters" / f"{record.number:04d}", place / "adapter")
+        values = {**record.to_json(), "steps": steps}
+        (place / "record.json").write_text(json.dumps(values), encoding="utf-8")
+    options = ("--trial", str(record.number), "--json")
+    said = done(export(folder, "lora", tmp_path / "one", *options))
+    assert (said["steps"], Path(said["weights"]).parts[-2:]) == (60, ("b", "adapter"))
+    (folder / "trained" / "c").rename(folder / "trained" / f"trial-{record.number}")
+    said = done(export(folder, "lora", tmp_path / "two", *options))
+    assert said["steps"] == 9
+    said = done(export(study, "lora", tmp_path / "three", *options))
+    assert said["steps"] == record.steps and "trained" not in said["weights"]
+
+
 def test_a_4_bit_base_is_merged_dequantised_and_one_of_8_refused(
     study: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,12 @@ def test_front_drawn_by_hand() -> None:
 
 def test_front_of_a_metric_that_is_maximised() -> None:
     frame = trials((2, 1, 5), (4, 2, 4), (8, 3, 4.5))
-    assert pareto(frame, y="accuracy", minimize_y=False)["number"].tolist() == [0, 1]
+    front = pareto(frame, y="accuracy", minimize_y=False)
+    assert front["number"].tolist() == [0, 1]
+    assert pareto(frame, y="accuracy").equals(front), "as its name says"
+    assert pareto(frame).equals(pareto(frame, minimize_y=True))
+    by_train_loss = frame.assign(train_loss=frame["eval_loss"])
+    assert pareto(by_train_loss, y="train_loss")["number"].tolist() == [0, 1]
 
 
 def test_only_complete_full_length_feasible_trials_take_part() -> None:

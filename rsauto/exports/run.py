@@ -62,6 +62,10 @@ class Exported:
     to: str
     trial: int
     files: tuple[str, ...]
+    weights: Path | None = None
+    """Where they were taken from; None for settings and the card."""
+    steps: int | None = None
+    """That these weights were trained for."""
     parity: Parity | None = None
     """Of weights; None for settings and the card."""
     command: str | None = None
@@ -75,6 +79,8 @@ class Exported:
             "to": self.to,
             "trial": self.trial,
             "files": list(self.files),
+            "weights": None if self.weights is None else str(self.weights),
+            "steps": self.steps,
             "parity": None if self.parity is None else self.parity.to_json(),
             "command": self.command,
             "notes": list(self.notes),
@@ -121,7 +127,9 @@ def run(request: Request) -> Exported:
     return _finished(request, chosen, lambda new: write(recipe, new))
 
 
-def _finished(request: Request, chosen: Chosen, write: Callable[[Path], Any]) -> Exported:
+def _finished(
+    request: Request, chosen: Chosen, write: Callable[[Path], Any], saved: Saved | None = None
+) -> Exported:
     """Builds the folder; what is written may tell of itself, and of its check."""
     with built(request.place) as new:
         told = write(new)
@@ -131,12 +139,15 @@ def _finished(request: Request, chosen: Chosen, write: Callable[[Path], Any]) ->
             to=request.to,
             trial=chosen.record.number,
             files=tuple(sorted(str(p.relative_to(new)) for p in new.rglob("*") if p.is_file())),
+            weights=None if saved is None else saved.folder,
+            steps=None if saved is None else (saved.record or {}).get("steps", chosen.record.steps),
             parity=told if isinstance(told, Parity) else None,
             command=settings.command if settings else None,
             notes=settings.notes if settings else (),
         )
         mark = {"study": chosen.config.name, **exported.to_json(), "packages": package_versions()}
-        write_mark(new, {key: value for key, value in mark.items() if key != "out"})
+        places = ("out", "weights")
+        write_mark(new, {key: value for key, value in mark.items() if key not in places})
     return exported
 
 
@@ -166,7 +177,7 @@ def _weights(request: Request, chosen: Chosen) -> Exported:
         rows = num_rows(chosen.data)
         return compare(expected, found, files, base_dtype, rows=rows)
 
-    return _finished(request, chosen, write)
+    return _finished(request, chosen, write, saved)
 
 
 def _write_adapter(

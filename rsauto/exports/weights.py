@@ -74,14 +74,20 @@ def _places(chosen: Chosen) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     folder, number = chosen.study.folder, chosen.record.number
     own = folder / "trained" / chosen.choice.name
     others = sorted(path for path in (folder / "trained").glob("*") if path != own)
-    for trained in (own, *others):
-        record = _trained_record(trained)
-        if record is not None and record.get("number") == number:
-            yield trained / "adapter", record
+    there = [(path, _trained_record(path)) for path in (own, *others)]
+    ours = [(path, r) for path, r in there if r is not None and r.get("number") == number]
+    # What was asked for by this name, else the longest training of the same trial.
+    for trained, record in sorted(ours, key=lambda one: (one[0] != own, -_steps(one[1]))):
+        yield trained / "adapter", record
     yield folder / "adapters" / f"{number:04d}", None
     for name in ("best", "recommended"):
         if card_names_trial(folder / name, number):
             yield folder / name, None
+
+
+def _steps(record: dict[str, Any]) -> int:
+    found = record.get("steps")
+    return found if isinstance(found, int) else 0
 
 
 def _trained_record(folder: Path) -> dict[str, Any] | None:

@@ -22,16 +22,18 @@ def pareto(
     trials: pd.DataFrame,
     x: str = "predicted_peak_bytes",
     y: str = "eval_loss",
-    minimize_y: bool = True,
+    minimize_y: bool | None = None,
 ) -> pd.DataFrame:
     """The complete, feasible trials that no other one beats, sorted by ``x``.
 
     One trial beats another if it is no worse in both and better in one; ``x`` is a cost, less is
     better. Trials that are equal in both are all kept. Trials without a value of ``x`` or ``y``
-    take no part.
+    take no part. ``minimize_y`` None decides by the objective's name.
     """
     for name in (x, y):
         _check_column(trials, name)
+    if minimize_y is None:
+        minimize_y = _is_minimised(trials, y)
     runs = full_runs(trials, y)
     if "feasible" in runs.columns:
         runs = runs[runs["feasible"].astype(bool)]
@@ -189,7 +191,8 @@ def _check_arguments(trials: pd.DataFrame, within: float, prefer: str, objective
 
 def _is_minimised(trials: pd.DataFrame, objective: str) -> bool:
     told: dict[str, bool] = trials.attrs.get("minimize", {})
-    return told.get(objective, objective in MINIMISED)
+    is_known = objective in MINIMISED or objective not in metric_columns(trials)
+    return told.get(objective, is_known)
 
 
 def _check_column(trials: pd.DataFrame, name: str) -> None:
