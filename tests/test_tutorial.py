@@ -20,7 +20,8 @@ SHORTER = {
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TUTORIAL, flags=re.DOTALL)
+    found = re.findall(r"```(\w*)\n(.*?)```", TUTORIAL, flags=re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 @pytest.fixture(scope="module")

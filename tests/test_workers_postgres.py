@@ -119,7 +119,8 @@ def check_books(trials: list[FrozenTrial], lines: list[dict[str, Any]], num_tria
 
 def test_four_workers_two_of_them_killed(url: str, tmp_path: Path) -> None:
     study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
-    host = command_line("study", study, "--out", out, "--storage", url)
+    # Slow enough to leave some trials for those who come later.
+    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=1.0)
     workers = []
     try:
         wait_for(lambda: len(trials_of(url)) > 0, host)
@@ -134,7 +135,7 @@ def test_four_workers_two_of_them_killed(url: str, tmp_path: Path) -> None:
     finally:
         for process in (host, *workers):
             process.kill()
-            process.communicate()
+            process.wait()
     trials = trials_of(url)
     check_books(trials, records(out), TRIALS)
     pids = {workers[0].pid, workers[1].pid}
