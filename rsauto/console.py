@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from rsauto.config import StudyConfig
@@ -60,7 +58,7 @@ def watch(events: Iterable[Event], config: StudyConfig, console: Console) -> Stu
     """Shows a study while it runs; returns its last event."""
     display = Display(config, console)
     ended = None
-    with display.shown():
+    with display.in_flight.shown():
         for event in events:
             display.handle(event)
             if isinstance(event, StudyEnded):
@@ -78,17 +76,6 @@ class Display:
         self.begin = time.monotonic()
         self.num_at_start = 0
         self.in_flight = InFlight(console)
-
-    def shown(self) -> AbstractContextManager[object]:
-        """The live panel in a terminal; elsewhere nothing, lines are printed as they come."""
-        if not self.console.is_terminal:
-            return nullcontext()
-        return Live(
-            get_renderable=self.in_flight.panel,
-            console=self.console,
-            refresh_per_second=6,
-            transient=True,
-        )
 
     def handle(self, event: Event) -> None:
         match event:

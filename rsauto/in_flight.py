@@ -6,9 +6,11 @@ is.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
@@ -36,6 +38,7 @@ class InFlight:
     def __init__(self, console: Console) -> None:
         self.budget_bytes: int | None = None
         """The study's memory budget, once it is known."""
+        self._console = console
         self._rows: dict[int, _Row] = {}
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -45,6 +48,17 @@ class InFlight:
             console=console,
         )
         self._study: TaskID | None = None
+
+    def shown(self) -> AbstractContextManager[object]:
+        """The live panel in a terminal; elsewhere nothing, lines are printed as they come."""
+        if not self._console.is_terminal:
+            return nullcontext()
+        return Live(
+            get_renderable=self.panel,
+            console=self._console,
+            refresh_per_second=6,
+            transient=True,
+        )
 
     def panel(self) -> Group:
         """What runs, drawn anew whenever the terminal is."""

@@ -72,12 +72,14 @@ def hold_heads_in_float32(adapted: PeftModel) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             for copy in module.modules_to_save.values():
                 copy.float()
-                copy.register_forward_pre_hook(_in_float32, with_kwargs=True)
+                copy.register_forward_pre_hook(in_float32, with_kwargs=True)
 
 
-def _in_float32(
+def in_float32(
     _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook before a module that computes in float32, whatever it is given."""
+
     def cast(value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         return value.float() if is_float else value

@@ -11,7 +11,13 @@ from typing import Any
 
 from rsauto.exports.recipe import Abilities, Recipe
 from rsauto.exports.rows import write_arrow
-from rsauto.exports.settings import Written, adapter_note, trainer_notes, yaml_file
+from rsauto.exports.settings import (
+    Written,
+    adapter_note,
+    trainer_arguments,
+    trainer_notes,
+    yaml_file,
+)
 
 ABILITIES = Abilities(name="llamafactory", lora_plus=True, lora_plus_decay=True)
 
@@ -25,7 +31,7 @@ def write_llamafactory(recipe: Recipe, folder: Path) -> Written:
     if recipe.dtype != "float32":
         # Its base model has half precision only together with mixed precision.
         notes.append(f"it computes with automatic mixed precision, {recipe.dtype}.")
-    values = {**_model(recipe), **_adapter(recipe), **_data(recipe), **_training(recipe)}
+    values = {**_model(recipe), **_adapter(recipe), **_data(recipe), **trainer_arguments(recipe)}
     command = "llamafactory-cli train llamafactory.yaml"
     return yaml_file(recipe, folder, "llamafactory.yaml", command, values, notes)
 
@@ -70,27 +76,4 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "eval_dataset": "rsauto",
         "template": "empty",
         "cutoff_len": recipe.record.max_length,
-    }
-
-
-def _training(recipe: Recipe) -> dict[str, Any]:
-    record = recipe.record
-    return {
-        "per_device_train_batch_size": recipe.micro_batch_size,
-        "per_device_eval_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation,
-        "max_steps": recipe.steps,
-        "learning_rate": record.learning_rate,
-        "optim": recipe.optimizer,
-        "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": record.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "seed": record.seed,
-        "eval_strategy": "steps",
-        "eval_steps": recipe.eval_steps,
-        "save_steps": recipe.eval_steps,
-        "logging_steps": 1,
-        "report_to": "none",
-        "output_dir": "outputs",
     }

@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rsauto.adapters.head import in_float32
 from rsauto.data import TokenisedData, collate
 from rsauto.errors import RsautoError
 from rsauto.exports.weights import Saved
@@ -151,7 +152,7 @@ def with_factors(model: nn.Module, saved: Saved) -> Iterator[nn.Module]:
     before = _swapped(model, {n.removeprefix(_PREFIX): t for n, t in saved.others.items()})
     # A module that was trained whole computed in float32, whatever the base model does.
     hooks += [
-        model.get_submodule(name).register_forward_pre_hook(_float32_inputs, with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(in_float32, with_kwargs=True)
         for name in saved.config.modules_to_save or ()
     ]
     try:
@@ -172,16 +173,6 @@ def _plus(a: Tensor, b: Tensor) -> Any:
         return summed.to(output.dtype)
 
     return hook
-
-
-def _float32_inputs(
-    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def cast(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.float() if is_float else value
-
-    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,3 +76,27 @@ def adapter_note(recipe: Recipe, trains_in: str) -> list[str]:
     if recipe.record.adapter_dtype == trains_in:
         return []
     return [f"the factors are trained in {trains_in}, not in {recipe.record.adapter_dtype}."]
+
+
+def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """How long, how fast and in which batches, in the words of transformers' Trainer."""
+    record = recipe.record
+    return {
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "per_device_eval_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation,
+        "max_steps": recipe.steps,
+        "learning_rate": record.learning_rate,
+        "optim": recipe.optimizer,
+        "lr_scheduler_type": recipe.scheduler,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": record.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "seed": record.seed,
+        "eval_strategy": "steps",
+        "eval_steps": recipe.eval_steps,
+        "save_steps": recipe.eval_steps,
+        "logging_steps": 1,
+        "report_to": "none",
+        "output_dir": "outputs",
+    }

@@ -12,7 +12,13 @@ from typing import Any
 
 from rsauto.exports.recipe import Abilities, Recipe
 from rsauto.exports.rows import write_json_lines
-from rsauto.exports.settings import Written, adapter_note, trainer_notes, yaml_file
+from rsauto.exports.settings import (
+    Written,
+    adapter_note,
+    trainer_arguments,
+    trainer_notes,
+    yaml_file,
+)
 
 ABILITIES = Abilities(name="trl")
 
@@ -65,27 +71,10 @@ def _data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    record = recipe.record
     return {
-        "per_device_train_batch_size": recipe.micro_batch_size,
-        "per_device_eval_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation,
-        "max_steps": recipe.steps,
-        "learning_rate": record.learning_rate,
-        "optim": recipe.optimizer,
-        "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": record.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
+        **trainer_arguments(recipe),
         # Without automatic mixed precision, as in the study.
         "bf16": False,
         "fp16": False,
         "gradient_checkpointing": recipe.chosen.config.model.gradient_checkpointing,
-        "seed": record.seed,
-        "eval_strategy": "steps",
-        "eval_steps": recipe.eval_steps,
-        "save_steps": recipe.eval_steps,
-        "logging_steps": 1,
-        "report_to": "none",
-        "output_dir": "outputs",
     }

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from rsauto.finetuning.request import Job
 from rsauto.finetuning.run import Event, Finished, Ready, Remark, Saved
@@ -22,7 +20,7 @@ def watch(events: Iterable[Event], job: Job, console: Console) -> Finished | Non
     """Shows a training while it runs; returns its last event."""
     display = Display(job, console)
     ended = None
-    with display.shown():
+    with display.in_flight.shown():
         for event in events:
             display.handle(event)
             if isinstance(event, Finished):
@@ -39,17 +37,6 @@ class Display:
         self.in_flight = InFlight(console)
         self.steps_at_start = 0
         self.begin = time.monotonic()
-
-    def shown(self) -> AbstractContextManager[object]:
-        """The live panel in a terminal; elsewhere nothing, lines are printed as they come."""
-        if not self.console.is_terminal:
-            return nullcontext()
-        return Live(
-            get_renderable=self.in_flight.panel,
-            console=self.console,
-            refresh_per_second=6,
-            transient=True,
-        )
 
     def handle(self, event: Event) -> None:
         match event:
