@@ -93,6 +93,7 @@ def _kind(value: Any) -> str:
 
 Ints = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1)]
 Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], Field(min_length=1)]
+Powers = Annotated[tuple[Annotated[float, Field(ge=-4, le=4)], ...], Field(min_length=1)]
 Targets = Literal["all-linear", "attention"] | tuple[str, ...]
 IntChoice = Annotated[
     Annotated[PowerRange, Tag("range")] | Annotated[Ints, BeforeValidator(as_tuple), Tag("list")],

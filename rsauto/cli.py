@@ -64,7 +64,7 @@ def study(
     launcher: Annotated[
         str, typer.Option(help="Who starts the workers: local, or ray for a Ray cluster.")
     ] = "local",
-    preset: Annotated[str | None, typer.Option(help="A preset of the study file.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the study file; several as a,b.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
     ] = None,
@@ -167,7 +167,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Such as 2.5: what a study costs.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="A preset of the study file.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the study file; several as a,b.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
     ] = None,

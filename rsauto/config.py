@@ -152,6 +152,11 @@ class TrainingConfig(Part):
     """Gradients are clipped to this global L2 norm; null clips nothing."""
     num_evals: int = Field(4, ge=1)
     """Evaluations per trial, evenly spread; pruning decides on them."""
+    logging_steps: int | None = Field(None, ge=1)
+    """Keep training loss and gradient norm in the records, their means over so many steps."""
+    activation_moments: bool = False
+    """Keep moments of the adapted layers' activations and gradients in the records, measured at
+    every evaluation with one more forward and backward; such trials run one by one."""
     seed: int = Field(0, ge=0)
     """Of adapter initialisation and data order, the same in every search trial."""
 
@@ -267,6 +272,15 @@ class StudyConfig(Part):
             raise ValueError(
                 f"pack_memory_budget must be at least memory_budget, which is {bytes_text(alone)} "
                 f"(got {bytes_text(pack)}); null makes it the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_are_those_of_lora(self) -> Self:
+        if self.training.activation_moments and self.allocates():
+            raise ValueError(
+                "training.activation_moments is for the methods lora and rslora; leave adalora and "
+                "rsadalora out of search.method"
             )
         return self
 

@@ -11,7 +11,9 @@ import json
 import math
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
+
+T = TypeVar("T")
 
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
 Method = Literal["lora", "rslora", "adalora", "rsadalora"]
@@ -111,6 +113,10 @@ class TrialSpec:
     """Evaluations spread evenly over the steps, the last one after the last step."""
     seed: int = 0
     retry_of: int | None = None
+    logging_steps: int | None = None
+    """Steps between two points of the log; None keeps none."""
+    activation_moments: bool = False
+    """Whether moments of activations are measured at every evaluation."""
     cohort: int | None = None
     """Search trials of one cohort begin together and are compared at every rung; see `pruning`."""
     cohort_size: int | None = None
@@ -137,7 +143,9 @@ class TrialSpec:
         return found
 
 
-_BOOKKEEPING = {"role", "retry_of", "cohort", "cohort_size"}
+_BOOKKEEPING = {
+    "role", "retry_of", "cohort", "cohort_size", "logging_steps", "activation_moments",
+}  # fmt: skip
 _CONFIGURATION = attrgetter(
     *(
         f.name
@@ -159,6 +167,40 @@ class EvalPoint:
     grad_norm: float
     """Mean Frobenius norm over trainable tensors (rsLoRA paper, figure 3), before clipping."""
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogPoint:
+    """Means over the steps since the point before."""
+
+    step: int
+    train_loss: float
+    grad_norm: float
+    """See `EvalPoint`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationMoments:
+    """Of the adapted layers after some steps, on the same validation rows in every trial.
+
+    y = W x + gamma_r B A x, v = dL/dy. Means over the entries of the layer's tensors, padding left
+    out, and then over the layers. Definition 3.1 of the rsLoRA paper asks of an adapter that both
+    gains do not depend on the rank; its appendix B.7 shows the moments of y.
+    """
+
+    step: int
+    output_mean: float
+    """Of y."""
+    output_second: float
+    """Of y squared."""
+    adapter_second: float
+    """Of (gamma_r B A x) squared."""
+    adapter_grad_second: float
+    """Of (gamma_r A^T B^T v) squared: the gradient that reaches x through the adapter."""
+    forward_gain: float
+    """Root of the mean square of gamma_r B A x over that of x."""
+    backward_gain: float
+    """Root of the mean square of gamma_r A^T B^T v over that of v."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +268,10 @@ class TrialRecord:
     perplexity: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     curve: tuple[EvalPoint, ...] = ()
-    activation_moments: dict[str, Any] | None = None
+    log: tuple[LogPoint, ...] = ()
+    """Where training.logging_steps asks for it."""
+    activation_moments: tuple[ActivationMoments, ...] = ()
+    """One at every evaluation, where training.activation_moments asks for them."""
     num_trainable_params: int | None = None
     adapter_bytes: int | None = None
     flops: float | None = None
@@ -264,6 +309,9 @@ class TrialRecord:
         targets = kept.get("target_modules", "all-linear")
         kept["target_modules"] = targets if isinstance(targets, str) else tuple(targets)
         kept["curve"] = tuple(_eval_point(point) for point in kept.get("curve") or ())
+        kept["log"] = tuple(_numbers(LogPoint, point) for point in kept.get("log") or ())
+        moments = kept.get("activation_moments") or ()
+        kept["activation_moments"] = tuple(_numbers(ActivationMoments, m) for m in moments)
         if kept.get("allocation") is not None:
             kept["allocation"] = AllocationSpec.from_json(kept["allocation"])
         return cls(**kept)
@@ -276,6 +324,11 @@ def _eval_point(data: dict[str, Any]) -> EvalPoint:
         key: math.nan if key in losses and value is None else value for key, value in data.items()
     }
     return EvalPoint(**values)
+
+
+def _numbers(kind: type[T], data: dict[str, Any]) -> T:
+    """A record of numbers; one written as null was not finite."""
+    return kind(**{key: math.nan if value is None else value for key, value in data.items()})
 
 
 def _finite(value: Any) -> Any:

@@ -44,6 +44,15 @@ def initial_rank(target_rank: int, init_ratio: float) -> int:
     return math.ceil(init_ratio * target_rank)
 
 
+def init_scale(rank: int, exponent: float) -> float | None:
+    """By how much A is drawn wider than PEFT draws it, rank**exponent; None where it is not.
+
+    For the paper's ablation of a correction at initialisation only (arXiv:2312.03732, appendix B.3,
+    which takes exponent -1/2).
+    """
+    return float(math.pow(rank, exponent)) if exponent else None
+
+
 def learning_rate_exponent(
     rule: ScalingRule, optimizer: OptimizerName, exponent: float | None = None
 ) -> float:

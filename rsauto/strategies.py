@@ -10,13 +10,14 @@ from rsauto.choices import (
     IntChoice,
     Part,
     PowerRange,
+    Powers,
     RateChoice,
     RateRange,
     Rates,
     Targets,
     as_tuple,
 )
-from rsauto.records import Method
+from rsauto.records import ADALORA_METHODS, Method
 
 Objective = Annotated[str, Field(min_length=1)]
 
@@ -24,6 +25,8 @@ MINIMISED = frozenset({"eval_loss", "train_loss", "perplexity", "general_loss", 
 """What is better when it is less; every other metric is better when it is more."""
 
 Strategy = Literal["transfer", "tpe", "gp", "random", "grid", "cost"]
+
+_EXPONENTS = ("scaling_exponent", "init_exponent")
 
 SHORT_SEARCHES: tuple[Strategy, ...] = ("transfer", "tpe", "gp", "cost")
 """Strategies that end when no improvement is likely; random and grid are for their coverage."""
@@ -57,8 +60,18 @@ class SearchConfig(Part):
     """LoRA+: learning rate of B over that of A."""
     target_modules: Annotated[tuple[Targets, ...], Field(min_length=1)] | None = None
     """Several choices of layers to search over; None uses model.target_modules."""
+    scaling_exponent: Annotated[Powers, BeforeValidator(as_tuple)] | None = None
+    """Power of r in gamma_r = alpha r^p, in place of the method's own (-1 for lora, -0.5 for
+    rslora); a list is searched."""
+    init_exponent: Annotated[Powers, BeforeValidator(as_tuple)] = (0.0,)
+    """A is drawn r^p times as wide as PEFT draws it; a list is searched."""
     seeds: int = Field(3, ge=1)
     """Seeds on which the finalists are compared, the search's own included."""
+    repeat: Literal["finalists", "tuned", "all"] = "finalists"
+    """What is run on the other seeds: the finalists; of every method, rank and whatever else is
+    searched the best learning rate; or all points of a grid."""
+    baseline: bool = True
+    """Also train PEFT's default adapter, as it is and at its own best learning rate."""
     within: float = Field(0.01, ge=0, lt=1)
     """Ranks whose objective is this close to the best (relative) count as good as the best."""
     min_improvement: float = Field(0.002, ge=0, lt=1)
@@ -81,11 +94,23 @@ class SearchConfig(Part):
     def _consistent(self) -> Self:
         if self.strategy == "grid" and isinstance(self.learning_rate, RateRange):
             raise ValueError("strategy grid needs learning_rate as a list, such as [1e-4, 3e-4]")
-        for name in ("rank", "alpha", "learning_rate", "lr_ratio", "method"):
+        if self.repeat != "finalists" and self.strategy != "grid":
+            raise ValueError(f"repeat {self.repeat} is for strategy grid, not for {self.strategy}")
+        self._require_plain_lora()
+        for name in ("rank", "alpha", "learning_rate", "lr_ratio", "method", *_EXPONENTS):
             values = getattr(self, name)
             if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"{name} lists a value twice")
         return self
+
+    def _require_plain_lora(self) -> None:
+        """Other exponents are for LoRA's two factors, and no law says how their rates move."""
+        own = {"scaling_exponent": None, "init_exponent": (0.0,)}
+        for name in (name for name in _EXPONENTS if getattr(self, name) != own[name]):
+            if set(self.method) & set(ADALORA_METHODS):
+                raise ValueError(f"{name} is for the methods lora and rslora only")
+            if isinstance(self.learning_rate, RateRange):
+                raise ValueError(f"{name} needs learning_rate as a list, such as [1e-4, 3e-4]")
 
     @property
     def chosen_pruner(self) -> Literal["halving", "median", "none"]:

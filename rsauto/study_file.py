@@ -56,15 +56,15 @@ def load(
 ) -> StudyConfig:
     """The study of a file, or the embedded one when ``path`` is None.
 
-    ``preset`` applies a named set of changes from the file, ``sets`` are 'section.key=value'
-    strings applied last. A study without a name is called after its file. Raises InputError with
-    every problem found.
+    ``preset`` applies a named set of changes from the file, or several one after the other, joined
+    by commas; ``sets`` are 'section.key=value' strings applied last. A study without a name is
+    called after its file. Raises InputError with every problem found.
     """
     path = STUDY_FILE if path is None else path
     raw, places = _read(path)
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:80] or "study")
-    if preset is not None:
-        _merge(raw, _preset(raw, preset), places, f"{path}: preset {preset}")
+    for name in [] if preset is None else preset.split(","):
+        _merge(raw, _preset(raw, name), places, f"{path}: preset {name}")
     for assignment in sets:
         _merge(raw, _parse_set(assignment), places, f"--set {assignment}")
     return validate(raw, source=str(path), places=places)

@@ -76,7 +76,7 @@ COLUMNS: Mapping[str, str] = {
     "error": "string",
 }
 """Fields of a record that become columns. Lists of modules are joined by commas, rank_pattern is
-JSON. The curve and activation_moments are left out; metrics become columns of their own name."""
+JSON. Curve, log and activation_moments are left out; metrics become columns of their own name."""
 
 ALLOCATION_COLUMNS: Mapping[str, str] = {
     "allocation_tinit": "Int64",
@@ -93,7 +93,7 @@ ALLOCATION_COLUMNS: Mapping[str, str] = {
 }
 """Columns made of a record's allocation: how AdaLoRA placed its rank, NA for other methods."""
 
-LEFT_OUT = frozenset({"allocation", "metrics", "curve", "activation_moments"})
+LEFT_OUT = frozenset({"allocation", "metrics", "curve", "log", "activation_moments"})
 
 PEFT_NAMES: Mapping[str, str] = {
     "accelerator_memory_max": "measured_peak_bytes",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from rsauto.choices import RateRange
@@ -19,6 +20,7 @@ from rsauto.search.history import History, Settled
 from rsauto.search.space import Space
 
 Objective = Callable[[TrialRecord], float | None]
+_Entry = tuple[float, TrialSpec, TrialRecord]
 
 MAX_TUNING_TRIALS = 6
 """Trials spent on the default adapter's own learning rate, at most."""
@@ -42,6 +44,8 @@ def reference_trial(space: Space, settled: Settled, objective: Objective) -> Tri
 
     First PEFT's and Trainer's defaults as they are, then the same adapter at other learning rates.
     """
+    if not space.config.search.baseline:
+        return None
     default = next((record for _, record in settled if record.role == "default"), None)
     if default is None:
         return space.default()
@@ -182,7 +186,7 @@ def may_prune(spec: TrialSpec, step: int, settled: Settled) -> bool:
 
 def num_reserved(config: StudyConfig) -> int:
     """Trials kept back for the defaults, AdaLoRA's pattern and the finalists' other seeds."""
-    return 1 + num_tuning(config.search) + _num_finals(config)
+    return _num_references(config.search) + _num_finals(config)
 
 
 def num_still_reserved(space: Space, history: History, objective: Objective) -> int:
@@ -192,16 +196,39 @@ def num_still_reserved(space: Space, history: History, objective: Objective) -> 
     defaults = sum(role in ("default", "default_tuned") for role in begun)
     if defaults and reference_trial(space, history.settled, objective) is None:
         return max(0, finals)
-    return max(0, finals) + max(0, 1 + num_tuning(space.config.search) - defaults)
+    return max(0, finals) + max(0, _num_references(space.config.search) - defaults)
+
+
+def _num_references(search: SearchConfig) -> int:
+    return 1 + num_tuning(search) if search.baseline else 0
 
 
 def _num_finals(config: StudyConfig) -> int:
     refits = 1 if config.allocates() and config.adalora.refit else 0
-    return refits + MAX_FINALISTS * extra_seeds(config.search)
+    return refits + _most_finalists(config) * extra_seeds(config.search)
+
+
+def _most_finalists(config: StudyConfig) -> int:
+    """One for every combination of what is searched beside the learning rate, or a few in all."""
+    search = config.search
+    if search.repeat != "tuned":
+        return MAX_FINALISTS
+    ratios = {m: len(config.adalora.lambda_lr_ratio) for m in ADALORA_METHODS}
+    others = (
+        search.ranks, search.alphas, search.lr_ratio, config.target_choices(),
+        search.scaling_exponent or (None,), search.init_exponent,
+    )  # fmt: skip
+    num_tuned = math.prod(map(len, others)) * sum(ratios.get(m, 1) for m in search.method)
+    return num_tuned + search.baseline
 
 
 def extra_seeds(search: SearchConfig) -> int:
-    """Seeds on which each finalist is run again: short studies repeat fewer, one for ten trials."""
+    """Seeds on which each finalist is run again: short studies repeat fewer, one for ten trials.
+
+    None where the search itself runs everything on every seed.
+    """
+    if search.repeat != "finalists":
+        return 0 if search.repeat == "all" else search.seeds - 1
     return min(search.seeds - 1, search.trials // 10)
 
 
@@ -232,9 +259,10 @@ def seed_trials(
 def finalists(
     space: Space, settled: Settled, objective: Objective, within: float
 ) -> list[TrialSpec]:
-    """At most MAX_FINALISTS configurations, by their result on the search's own seed.
+    """Configurations that are compared over seeds, by their result on the search's own seed.
 
-    The tuned default, the best one, the cheapest that is close to the best, then the next best.
+    The tuned default, the best one, the cheapest that is close to the best, then the next best: at
+    most MAX_FINALISTS. Or, with ``repeat: tuned``, each combination at its own best learning rate.
     """
     first = space.config.training.seed
     complete = [
@@ -247,7 +275,12 @@ def finalists(
     ]
     tuned = [entry for entry in complete if entry[2].role in ("default", "default_tuned")]
     searched = [entry for entry in complete if entry[2].role in ("search", "refit")]
-    chosen = [min(group, key=lambda entry: entry[0]) for group in (tuned, searched) if group]
+    groups = [tuned, searched]
+    if space.config.search.repeat == "tuned":
+        groups = [tuned, *_by_all_but_rate(searched)]
+    chosen = [min(group, key=lambda entry: entry[0]) for group in groups if group]
+    if space.config.search.repeat == "tuned":
+        return [spec for _, spec, _ in chosen]
     if searched:
         best = min(value for value, _, _ in searched)
         close = [entry for entry in searched if entry[0] <= best + within * abs(best)]
@@ -255,6 +288,14 @@ def finalists(
     chosen += sorted(searched, key=lambda entry: entry[0])
     unique = {spec.configuration(): spec for _, spec, _ in chosen}
     return list(unique.values())[:MAX_FINALISTS]
+
+
+def _by_all_but_rate(entries: Sequence[_Entry]) -> Iterable[list[_Entry]]:
+    """The trials of each combination of settings, at all of its learning rates."""
+    groups: dict[object, list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[replace(entry[1], learning_rate=0.0).configuration()].append(entry)
+    return groups.values()
 
 
 def _again(spec: TrialSpec) -> TrialSpec:

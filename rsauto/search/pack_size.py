@@ -109,6 +109,8 @@ def _reason_against(setup: Setup, bench: Bench, specs: Sequence[TrialSpec]) -> s
     """Why trials cannot be packed at all; empty where they can."""
     if setup.config.packing.mode == "off":
         return "packing.mode is off"
+    if setup.config.training.activation_moments:
+        return "activation moments are measured of one trial at a time"
     if setup.spread.size > 1:
         return f"each is spread over {setup.spread.size} processes"
     if not specs or num_searched(setup.config) < 2:

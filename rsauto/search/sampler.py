@@ -8,7 +8,7 @@ have asked, repeats no point, and may have its ranks widened.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import optuna
@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rsauto.config import StudyConfig
 from rsauto.records import TrialRecord, TrialSpec
+from rsauto.search.attempts import point
 from rsauto.search.ledger import DIVERGENCE, MEMORY
 from rsauto.search.space import Space
 
@@ -48,7 +49,8 @@ def propose(space: Space, attempts: Sequence[Attempt], config: StudyConfig) -> T
         return (spec.rank, spec.target_modules, spec.method) not in refused
 
     if config.search.strategy == "grid":
-        return next(filter(may_fit, _untried(space.grid(), attempts)), None)
+        same = point if config.search.repeat == "all" else TrialSpec.configuration
+        return next(filter(may_fit, _untried(space.grid(), attempts, same)), None)
     seeds = [_seed(config.training.seed, len(attempts), k) for k in range(NUM_DRAWS)]
     draws = _draws(space, attempts, config, seeds)
     found = next((spec for spec in draws if may_fit(spec) and is_new(spec, attempts)), None)
@@ -74,9 +76,14 @@ def is_new(spec: TrialSpec, attempts: Sequence[Attempt]) -> bool:
     )
 
 
-def _untried(points: Iterable[TrialSpec], attempts: Sequence[Attempt]) -> Iterator[TrialSpec]:
-    tried = {attempt.spec.configuration() for attempt in attempts}
-    return (spec for spec in points if spec.configuration() not in tried)
+def _untried(
+    points: Iterable[TrialSpec],
+    attempts: Sequence[Attempt],
+    same: Callable[[TrialSpec], object] = TrialSpec.configuration,
+) -> Iterator[TrialSpec]:
+    """Points of which no attempt is ``same``."""
+    tried = {same(attempt.spec) for attempt in attempts}
+    return (spec for spec in points if same(spec) not in tried)
 
 
 def _draws(

@@ -22,15 +22,15 @@ from optuna.distributions import (
 
 from rsauto.choices import PowerRange, RateRange
 from rsauto.config import StudyConfig
-from rsauto.records import ADALORA_METHODS, AllocationSpec, Method, TrialSpec
+from rsauto.records import ADALORA_METHODS, Method, TrialSpec
 from rsauto.scaling import (
     ScalingRule,
-    initial_rank,
+    init_scale,
     learning_rate_exponent,
     transferred_learning_rate,
 )
 from rsauto.search.band import Band
-from rsauto.training.schedule import steps_of_share
+from rsauto.search.whole import with_allocation, with_training
 
 Params = dict[str, Any]
 
@@ -77,6 +77,8 @@ class Space:
             "lr_ratio": _categorical(search.lr_ratio),
             "lambda_lr_ratio": _categorical(self._lambda_lr_ratios()),
             "target_modules": _categorical(range(len(self.config.target_choices()))),
+            "scaling_exponent": _categorical(search.scaling_exponent or ()),
+            "init_exponent": _categorical(search.init_exponent),
         }
         rate = search.learning_rate
         if isinstance(rate, RateRange):
@@ -101,9 +103,10 @@ class Space:
             learning_rate=self._learning_rate(params, method, rank),
             lr_ratio=params.get("lr_ratio", search.lr_ratio[0]),
             target_modules=targets[params.get("target_modules", 0)],
+            scaling_exponent=params.get("scaling_exponent", (search.scaling_exponent or [None])[0]),
+            init_scale=init_scale(rank, params.get("init_exponent", search.init_exponent[0])),
         )
-        ratio = params.get("lambda_lr_ratio", self.config.adalora.lambda_lr_ratio[0])
-        return self._with_training(self._with_allocation(chosen, ratio))
+        return self._whole(chosen, params.get("lambda_lr_ratio"))
 
     def params(self, spec: TrialSpec) -> Params | None:
         """The sampler's choice that stands for a trial, None when it lies outside the space."""
@@ -120,6 +123,10 @@ class Space:
             "lambda_lr_ratio": spec.lambda_lr_ratio or self.config.adalora.lambda_lr_ratio[0],
             "target_modules": targets.index(spec.target_modules),
             "learning_rate": spec.learning_rate,
+            "scaling_exponent": spec.scaling_exponent,
+            "init_exponent": next(
+                (p for p in search.init_exponent if init_scale(spec.rank, p) == spec.init_scale), 0
+            ),
         }
         if isinstance(search.learning_rate, RateRange):
             centre = self.centre(spec.method, spec.rank)
@@ -130,34 +137,28 @@ class Space:
         return {name: _clipped(dist, full[name]) for name, dist in space.items()}
 
     def grid(self) -> Iterator[TrialSpec]:
-        """Every point of the grid, low ranks first."""
+        """Every point of the grid, low ranks first; with `search.repeat` all on every seed."""
         search = self.config.search
         assert not isinstance(search.learning_rate, RateRange)
-        axes = (
-            self.ranks,
-            search.method,
-            search.alphas,
-            search.lr_ratio,
-            range(len(self.config.target_choices())),
-            search.learning_rate,
-            self._lambda_lr_ratios() or (1.0,),
-        )
-        seen = set()
-        for rank, method, alpha, lr_ratio, targets, rate, ratio in itertools.product(*axes):
-            chosen = TrialSpec(
-                role="search",
-                method=method,
-                rank=rank,
-                alpha=alpha,
-                scaling_rule=SCALING_RULES[method],
-                learning_rate=rate,
-                lr_ratio=lr_ratio,
-                target_modules=self.config.target_choices()[targets],
-            )
-            spec = self._with_training(self._with_allocation(chosen, ratio))
-            if spec not in seen:  # a ratio for lambda is of no account to LoRA
-                seen.add(spec)
-                yield spec
+        axes: dict[str, Sequence[Any]] = {
+            "rank": self.ranks,
+            "method": search.method,
+            "scaling_exponent": search.scaling_exponent or (None,),
+            "init_exponent": search.init_exponent,
+            "alpha": search.alphas,
+            "lr_ratio": search.lr_ratio,
+            "target_modules": range(len(self.config.target_choices())),
+            "learning_rate": search.learning_rate,
+            "lambda_lr_ratio": self._lambda_lr_ratios() or (1.0,),
+        }
+        points = [
+            self.spec(dict(zip(axes, values, strict=True)))
+            for values in itertools.product(*axes.values())
+        ]
+        num_seeds = search.seeds if search.repeat == "all" else 1
+        for k in range(num_seeds):
+            # A ratio for lambda is of no account to LoRA: its points are the same.
+            yield from (replace(spec, seed=spec.seed + k) for spec in dict.fromkeys(points))
 
     def middle(self, rank: int, method: Method | None = None) -> TrialSpec:
         """The trial in the middle of the space at ``rank``, rates at the centre of their range.
@@ -193,7 +194,7 @@ class Space:
             learning_rate=5e-5,
             target_modules=self.config.model.target_modules,
         )
-        return self._with_training(chosen)
+        return self._whole(chosen)
 
     def default_tuned(self, learning_rate: float) -> TrialSpec:
         """The default adapter at another learning rate."""
@@ -278,32 +279,6 @@ class Space:
     def _lambda_lr_ratios(self) -> tuple[float, ...]:
         return self.config.adalora.lambda_lr_ratio if self.config.allocates() else ()
 
-    def _with_allocation(self, spec: TrialSpec, lambda_lr_ratio: float) -> TrialSpec:
-        """What only AdaLoRA has; other methods are left as they are."""
-        if spec.method not in ADALORA_METHODS:
-            return spec
-        chosen = self.config.adalora
-        allocation = AllocationSpec(
-            tinit=steps_of_share(chosen.warmup_share, self.steps),
-            tfinal=steps_of_share(chosen.final_share, self.steps),
-            delta_t=chosen.interval,
-            beta1=chosen.beta1,
-            beta2=chosen.beta2,
-            orth_reg_weight=chosen.orth_reg_weight,
-            orth_reg_form=chosen.orth_reg_form,
-            score=chosen.score,
-            recovery=chosen.recovery,
-            scale_rank=chosen.scale_rank,
-            init_std=chosen.init_std,
-        )
-        return replace(
-            spec,
-            init_rank=initial_rank(spec.rank, chosen.init_ratio),
-            target_rank=spec.rank,
-            lambda_lr_ratio=lambda_lr_ratio,
-            allocation=allocation,
-        )
-
     def _values_match(self, spec: TrialSpec) -> bool:
         search = self.config.search
         ratios = (None, *self._lambda_lr_ratios())
@@ -314,28 +289,17 @@ class Space:
             and spec.alpha in search.alphas
             and spec.lr_ratio in search.lr_ratio
             and spec.rank in self.ranks
+            and spec.scaling_exponent in (search.scaling_exponent or (None,))
+            and spec.init_scale in {init_scale(spec.rank, p) for p in search.init_exponent}
         )
 
-    def _with_training(self, spec: TrialSpec) -> TrialSpec:
-        training = self.config.training
-        return replace(
-            spec,
-            head_learning_rate=(
-                training.head_learning_rate if self.config.data.task == "SEQ_CLS" else None
-            ),
-            adapter_dtype=self.config.model.adapter_dtype,
-            quant_bits=self.quant_bits,
-            optimizer=training.optimizer,
-            schedule=training.schedule,
-            warmup_share=training.warmup_share,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            batch_size=training.batch_size,
-            max_length=self.max_length,
-            steps=self.steps,
-            num_evals=min(training.num_evals, self.steps),
-            seed=training.seed,
-        )
+    def _whole(self, chosen: TrialSpec, lambda_lr_ratio: float | None = None) -> TrialSpec:
+        """What was chosen, with what all trials have in common."""
+        config = self.config
+        if lambda_lr_ratio is None:
+            lambda_lr_ratio = config.adalora.lambda_lr_ratio[0]
+        allocated = with_allocation(chosen, config, self.steps, lambda_lr_ratio)
+        return with_training(allocated, config, self.steps, self.max_length, self.quant_bits)
 
 
 def stored_params(spec: TrialSpec) -> Params:

@@ -14,8 +14,9 @@ from rsauto.config import StudyConfig
 from rsauto.data import TokenisedData
 from rsauto.environment import package_versions
 from rsauto.memory.kinds import Prediction
-from rsauto.records import EvalPoint, Outcome, StepPoint, TrialRecord, TrialSpec
+from rsauto.records import ActivationMoments, EvalPoint, Outcome, StepPoint, TrialRecord, TrialSpec
 from rsauto.scaling import gamma_r
+from rsauto.training.log import Log
 from rsauto.training.member import Member
 from rsauto.training.trial import Trial
 
@@ -35,6 +36,8 @@ class Run(Protocol):
     curve: list[EvalPoint]
     last: StepPoint | None
     flops: float
+    log: Log
+    moments: list[ActivationMoments]
 
     @property
     def rank_pattern(self) -> dict[str, int] | None: ...
@@ -111,6 +114,8 @@ def _run_record(
         perplexity=metrics.pop("perplexity", None),
         metrics=metrics,
         curve=tuple(run.curve),
+        log=tuple(run.log.points),
+        activation_moments=tuple(run.moments),
         num_trainable_params=prediction.num_trainable_params,
         flops=run.flops or None,
         predicted_peak_bytes=prediction.peak_bytes,

@@ -31,7 +31,7 @@ from rsauto.adalora.layer import svd_layers
 from rsauto.adalora.saved import pop_saved, saved_tensors
 from rsauto.adapters.lora import ADAPTER_NAME, trainable_parameters
 from rsauto.atomic import write_bytes, write_text
-from rsauto.records import EvalPoint, StepPoint
+from rsauto.records import ActivationMoments, EvalPoint, LogPoint, StepPoint
 
 KEPT = 2
 """Checkpoints that are kept: the last one, and one in case the disk has lost it."""
@@ -54,6 +54,10 @@ class Progress:
     since_evaluation: tuple[StepPoint, ...] = ()
     """Steps whose means the next point of the curve has."""
     curve: tuple[EvalPoint, ...] = ()
+    log: tuple[LogPoint, ...] = ()
+    since_log: tuple[StepPoint, ...] = ()
+    """Steps whose means the next point of the log has."""
+    moments: tuple[ActivationMoments, ...] = ()
     train_seconds: float = 0.0
     flops: float = 0.0
     measured_peak_bytes: int | None = None
@@ -64,6 +68,9 @@ class Progress:
             "last": None if data["last"] is None else _step_point(data["last"]),
             "since_evaluation": tuple(map(_step_point, data["since_evaluation"])),
             "curve": tuple(EvalPoint(**point) for point in data["curve"]),
+            "log": tuple(LogPoint(**point) for point in data.get("log", ())),
+            "since_log": tuple(map(_step_point, data.get("since_log", ()))),
+            "moments": tuple(ActivationMoments(**point) for point in data.get("moments", ())),
         }
         return cls(**{**data, **fixed})
 

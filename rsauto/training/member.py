@@ -11,9 +11,10 @@ from rsauto.adapters.optimizers import GroupName
 from rsauto.data import TokenisedData, batch_plan
 from rsauto.packing.model import Norms
 from rsauto.packing.tensors import TrialTensors, read
-from rsauto.records import EvalPoint, StepPoint, TrialSpec
+from rsauto.records import ActivationMoments, EvalPoint, StepPoint, TrialSpec
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.flops import linear_weights
+from rsauto.training.log import Log
 from rsauto.training.loop import Diverged, cut, eval_point, require_finite
 from rsauto.training.schedule import evaluation_steps, rate_multiplier, warmup_steps
 from rsauto.training.trial import OutOfMemory
@@ -44,6 +45,9 @@ class Member:
         """Of every step the micro-batches, as indices of training examples."""
         self.tokens = [sum(len(data.train[i].input_ids) for i in indices) for indices in order]
         self.evaluates_after = evaluation_steps(spec.steps, spec.num_evals)
+        self.log = Log(spec.logging_steps)
+        self.moments: list[ActivationMoments] = []
+        """Never measured in a pack."""
         self._losses: list[float] = []
         self._norms: list[float] = []
 
@@ -110,6 +114,7 @@ class Member:
             seconds=seconds,
             evaluation=evaluation,
         )
+        self.log.add(self.last)
         return self.last
 
 

@@ -27,11 +27,13 @@ from rsauto.adapters.optimizers import build_optimizer
 from rsauto.data import Example, TokenisedData
 from rsauto.errors import InputError
 from rsauto.memory.measure import PeakMeter
-from rsauto.records import EvalPoint, StepPoint, TrialSpec
+from rsauto.records import ActivationMoments, EvalPoint, StepPoint, TrialSpec
 from rsauto.training.checkpoints import Progress, Snapshot, restore, restore_moments, snapshot
 from rsauto.training.evaluate import Evaluation, evaluate
 from rsauto.training.flops import training_flops
+from rsauto.training.log import Log
 from rsauto.training.loop import Done, evaluate_all, train
+from rsauto.training.moments import activation_moments
 from rsauto.training.out_of_memory import OutOfMemory as OutOfMemory
 from rsauto.training.out_of_memory import is_out_of_memory as is_out_of_memory
 from rsauto.training.spread import ALONE, Spread
@@ -71,6 +73,8 @@ class Trial:
         self.spec = spec
         self.started_at = before.started_at or datetime.now(UTC).isoformat(timespec="seconds")
         self.curve: list[EvalPoint] = list(before.curve)
+        self.log = Log(spec.logging_steps, before.log, before.since_log)
+        self.moments: list[ActivationMoments] = list(before.moments)
         self.last: StepPoint | None = before.last
         self.train_seconds = before.train_seconds
         """Wall time in optimizer steps, evaluation and the caller's own time excluded."""
@@ -114,8 +118,10 @@ class Trial:
             spread.together(self._prepare)
             for point in self._counted():
                 self._since_evaluation.append(point)
+                self.log.add(point)
                 if point.evaluation is not None:
                     self.curve.append(point.evaluation)
+                    self._measure_moments(point.step)
                     self._since_evaluation = []
                     self._compare_peaks()
                 self._is_awaited = True
@@ -185,6 +191,23 @@ class Trial:
         if self._allocator is not None:
             self._allocator.update_and_allocate(step, self._optimizer)
 
+    def _measure_moments(self, step: int) -> None:
+        """On the first of the validation rows, as many as a step trains on."""
+        if not self.spec.activation_moments:
+            return
+        assert self._adapted is not None
+        assert self.spec.micro_batch_size is not None
+        data = self.bench.data
+        found = activation_moments(
+            self._adapted,
+            data.validation[: self.spec.batch_size],
+            step=step,
+            batch_size=self.spec.micro_batch_size,
+            pad_token_id=data.pad_token_id,
+            device=self.bench.device,
+        )
+        self.moments.append(found)
+
     def _compare_peaks(self) -> None:
         if self.bench.spread.size > 1:
             peaks = self.bench.spread.together(self._own_peak_bytes)
@@ -203,6 +226,9 @@ class Trial:
             last=self.last,
             since_evaluation=tuple(self._since_evaluation),
             curve=tuple(self.curve),
+            log=tuple(self.log.points),
+            since_log=tuple(self.log.since),
+            moments=tuple(self.moments),
             train_seconds=self.train_seconds,
             flops=self.flops,
             measured_peak_bytes=self.measured_peak_bytes,
