@@ -395,7 +395,7 @@ def test_other_data_than_the_studys_are_refused(study: Path, tmp_path: Path) -> 
 
 
 def test_a_model_is_the_same_that_does_the_same(study: Path, tmp_path: Path) -> None:
-    """Its fingerprint tells of its folder too, which may be another on another machine."""
+    """Its files may have been written anew since, with the same numbers in them."""
     copied = tmp_path / "study"
     shutil.copytree(study, copied)
     found = json.loads((copied / "environment.json").read_text())
