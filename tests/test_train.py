@@ -337,8 +337,11 @@ def test_a_training_that_diverges_says_at_which_step(study: Path, tmp_path: Path
         (["--steps", "0", "--seed", "-1"], ["--steps 0: must be at least 1", "--seed -1"]),
         (["--steps", "4", "--evals", "5"], ["--evals 5: must be at most the steps, which are 4"]),
         (["--track", "tensorbord"], ["--track tensorbord", "Did you mean 'tensorboard'?"]),
-        (["--memory-budget", "much"], ["memory_budget", "much"]),
-        (["--micro-batch-size", "3"], ["micro_batch_size must divide batch_size 4"]),
+        (["--memory-budget", "much"], ["rsauto: --memory-budget much: memory_budget: give a size"]),
+        (
+            ["--micro-batch-size", "3"],
+            ["--micro-batch-size 3: training: micro_batch_size must divide batch_size 4"],
+        ),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_loaded(

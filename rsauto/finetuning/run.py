@@ -99,7 +99,7 @@ def training_events(job: Job, stop: StopFlag | None = None) -> Iterator[Event]:
         setup.source.tokenizer,
         has_token_types=setup.data.train[0].token_type_ids is not None,
     )
-    with StudyFolder(job.out).locked():
+    with StudyFolder(job.out).locked("training"):
         if folder.is_finished:  # by another process, while this one read model and data
             yield Finished(folder.finished(), was_finished=True)
             return

@@ -71,7 +71,7 @@ class StudyFolder:
             )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, work: str = "study") -> Iterator[None]:
         """Holds the folder for this process. Raises InputError when another one has it."""
         self._make()
         with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
@@ -81,7 +81,7 @@ class StudyFolder:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
                 raise InputError(
-                    f"--out {self.path}: another process (pid {holder}) is working on this study. "
+                    f"--out {self.path}: another process (pid {holder}) is working on this {work}. "
                     "Wait for it, or choose another --out."
                 ) from None
             lock.truncate(0)
