@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from rsauto.quantisation import (
     unquantised_modules,
 )
 
+_WRITTEN_BY = ("_name_or_path", "transformers_version")
+"""Keys of a config.json that say where and by what it was written, nothing of the model."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,6 +60,14 @@ class BaseSource:
     """Changes when the model does: the hub commit, or a hash of configuration and weights."""
     commit: str | None = None
     """Of a model from the hub, all of whose files are read at it."""
+    former_fingerprint: str | None = None
+    """What earlier versions of rsauto wrote for this very folder."""
+
+    def in_todays_form(self, stored: Mapping[str, str]) -> dict[str, str]:
+        """Fingerprints that a study has stored, with today's of this model in place of a former."""
+        model = stored.get("model")
+        is_former = model is not None and model == self.former_fingerprint
+        return {**stored, "model": self.fingerprint} if is_former else dict(stored)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ def open_base(config: ModelConfig, task: TaskType = "CAUSAL_LM") -> BaseSource:
     architecture = architecture_of(config.name, model_config, task)
     require_loadable(config.name, config.quant_bits, model_config)
     switch_off_dropout(model_config)
+    fingerprint, former = (commit, None) if commit else _fingerprints(location, model_config)
     return BaseSource(
         name=config.name,
         config=model_config,
@@ -94,8 +107,9 @@ def open_base(config: ModelConfig, task: TaskType = "CAUSAL_LM") -> BaseSource:
         dtype=_dtype(config, model_config),
         attn_implementation=attention_of(architecture, config.attn_implementation),
         task=task,
-        fingerprint=commit or _fingerprint(location, model_config),
+        fingerprint=fingerprint,
         commit=commit,
+        former_fingerprint=former,
     )
 
 
@@ -299,13 +313,35 @@ def _dtype(config: ModelConfig, model_config: PretrainedConfig) -> torch.dtype:
     return saved if isinstance(saved, torch.dtype) else torch.float32
 
 
-def _fingerprint(location: str, model_config: PretrainedConfig) -> str:
-    digest = hashlib.sha256(model_config.to_json_string(use_diff=False).encode())
-    for path in sorted(Path(location).glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        for block in _sampled_blocks(path):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+def _fingerprints(location: str, model_config: PretrainedConfig) -> tuple[str, str]:
+    """Of a local folder: today's fingerprint, and the one that earlier versions of rsauto wrote.
+
+    Today's tells of contents alone, wherever they lie and whatever reads them: config.json but for
+    ``_WRITTEN_BY``, and of each safetensors file the name, size, header and the blocks sampled from
+    it. These are all of a file up to 16 MiB and 16 MiB of a larger one, so that a change of single
+    numbers between them goes unseen; other weights do not. The earlier one is of the configuration
+    as the installed transformers tells it, with its version and the path.
+    """
+    files = sorted(Path(location).glob("*.safetensors"))
+    stated = json.loads((Path(location) / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in stated.items() if key not in _WRITTEN_BY}
+    contents = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for path in files:
+        contents.update(_header(path))
+    former = hashlib.sha256(model_config.to_json_string(use_diff=False).encode())
+    for path in files:
+        name = f"{path.name} {path.stat().st_size}".encode()
+        for piece in (name, *_sampled_blocks(path)):
+            contents.update(piece)
+            former.update(piece)
+    return contents.hexdigest()[:16], former.hexdigest()[:16]
+
+
+def _header(path: Path) -> bytes:
+    """Names, shapes and types of a safetensors file's tensors, after 8 bytes with its length."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(min(length, path.stat().st_size))
 
 
 def _sampled_blocks(path: Path) -> Iterator[bytes]:

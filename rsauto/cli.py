@@ -80,8 +80,7 @@ def study(
         from rsauto import study_file
 
         options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}
-        sets = [f"{key}={value}" for key, value in options.items() if value is not None]
-        loaded = study_file.load(config, preset=preset, sets=[*(set_ or ()), *sets])
+        loaded = study_file.load(config, preset=preset, sets=set_ or (), options=options)
         folder = out or Path("runs") / loaded.name
         run_study(loaded, folder, storage, as_json, workers=workers, launcher=launcher)
 

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -52,13 +53,18 @@ _WORDS = {
 
 
 def load(
-    path: Path | None = None, *, preset: str | None = None, sets: Sequence[str] = ()
+    path: Path | None = None,
+    *,
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    options: Mapping[str, object] = MappingProxyType({}),
 ) -> StudyConfig:
     """The study of a file, or the embedded one when ``path`` is None.
 
     ``preset`` applies a named set of changes from the file, or several one after the other, joined
-    by commas; ``sets`` are 'section.key=value' strings applied last. A study without a name is
-    called after its file. Raises InputError with every problem found.
+    by commas; then come ``sets``, 'section.key=value' strings, and last ``options``, values of
+    settings that have an option of their own on the command line, None where it was not given. A
+    study without a name is called after its file. Raises InputError with every problem found.
     """
     path = STUDY_FILE if path is None else path
     raw, places = _read(path)
@@ -67,6 +73,10 @@ def load(
         _merge(raw, _preset(raw, name), places, f"{path}: preset {name}")
     for assignment in sets:
         _merge(raw, _parse_set(assignment), places, f"--set {assignment}")
+    for key, value in options.items():
+        if value is not None:
+            flag = key.rpartition(".")[-1].replace("_", "-")
+            _merge(raw, _parse_set(f"{key}={value}"), places, f"--{flag} {value}")
     return validate(raw, source=str(path), places=places)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 from transformers.optimization import Adafactor
 
+from rsauto import atomic
 from rsauto.adapters import export
 from rsauto.adapters.export import export_lora
 from rsauto.adapters.lora import (
@@ -372,7 +373,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    original = export.os.replace
+    original = atomic.os.replace
 
     def full_for_the_new_one(source: Any, target: Any) -> None:
         if Path(target).name == "best" and "partial" in Path(source).name:
@@ -384,7 +385,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     elif where == "card":
         monkeypatch.setattr(Path, "write_text", full)
     else:
-        monkeypatch.setattr(export.os, "replace", full_for_the_new_one)
+        monkeypatch.setattr(atomic.os, "replace", full_for_the_new_one)
     with pytest.raises(OSError, match="No space left"):
         export_lora(adapted, tmp_path / "best", base_name="embedded", card="second")
     monkeypatch.undo()

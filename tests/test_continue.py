@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_study import records, rows, study_values
+from tiny_study import records, rows, study_values, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rsauto
+from rsauto.base import BaseSource, open_base
+from rsauto.config import ModelConfig, StudyConfig
 from rsauto.errors import AllTrialsFailedError, InputError
+from rsauto.search.ledger import Ledger
 from rsauto.search.setup import Objects, set_up
+from rsauto.search.storage import open_storage
 from rsauto.study_file import validate
 
 
@@ -65,6 +70,58 @@ def test_other_weights_of_the_same_size_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "out" / "environment.json").unlink()
     with pytest.raises(InputError, match="model changed since"):
         rsauto.run_study(config, out=tmp_path / "out")
+
+
+def test_the_same_model_in_another_place_is_the_same(tmp_path: Path) -> None:
+    """Also where the study wrote its fingerprint as earlier versions did."""
+    values = values_of(tmp_path, 1)
+    study = rsauto.run_study(values, out=tmp_path / "out")
+    moved = (tmp_path / "model").rename(tmp_path / "moved")
+    values["model"]["name"] = str(moved)
+    source = open_base(ModelConfig(name=str(moved)))
+    assert study.environment["fingerprints"]["model"] == source.fingerprint
+    former = {**study.environment["fingerprints"], "model": source.former_fingerprint}
+    for trials, before in ((2, None), (3, former)):
+        if before is not None:
+            store_fingerprints(tmp_path / "out", validate(values), before)
+        values["search"]["trials"] = trials
+        found = rsauto.run_study(values, out=tmp_path / "out")
+        assert len(found.records) == trials
+        assert found.environment["fingerprints"] == study.environment["fingerprints"]
+    store_fingerprints(tmp_path / "out", validate(values), {**former, "model": "another"})
+    with pytest.raises(InputError, match="model changed since"):
+        rsauto.run_study(values, out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"model\.name: was .*moved', is 'embedded'"):
+        rsauto.run_study({**values, "model": {"name": "embedded"}}, out=tmp_path / "out")
+
+
+def store_fingerprints(folder: Path, config: StudyConfig, found: dict[str, str | None]) -> None:
+    ledger = Ledger.open(open_storage(None, folder / "journal.log"), config)
+    ledger.set_attribute("fingerprints", found)
+    ledger.close()
+
+
+def test_a_fingerprint_is_of_contents(tmp_path: Path) -> None:
+    """Of configuration, header and weights; not of who wrote them, nor where they lie."""
+    folder = write_model(tmp_path / "model")
+    first = open_base(ModelConfig(name=str(folder)))
+    stated = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    kept = weights.read_bytes()
+
+    def now(changes: dict[str, Any]) -> BaseSource:
+        (folder / "config.json").write_text(json.dumps({**stated, **changes}))
+        return open_base(ModelConfig(name=str(folder)))
+
+    by_another = now({"transformers_version": "4.0.0", "_name_or_path": "/elsewhere"})
+    assert by_another.fingerprint == first.fingerprint
+    prints = {first.fingerprint, now({"rms_norm_eps": 0.5}).fingerprint}
+    for offset in (len(kept) - 1, kept.index(b"F32")):
+        changed = bytearray(kept)
+        changed[offset] ^= 1
+        weights.write_bytes(changed)
+        prints.add(now({}).fingerprint)
+    assert len(prints) == 4
 
 
 def test_failures_that_were_mended_do_not_end_the_next_run(

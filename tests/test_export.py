@@ -21,7 +21,13 @@ from huggingface_hub import ModelCard
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from tiny_study import records, study_values
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 import rsauto
@@ -33,7 +39,9 @@ from rsauto.data import Example
 from rsauto.exports import run as run_module
 from rsauto.exports.chosen import Chosen, choose
 from rsauto.exports.parity import ParityError, Trained, compare
-from rsauto.exports.recipe import whole_alpha
+from rsauto.exports.recipe import recipe_of, whole_alpha
+from rsauto.exports.settings import trainer_notes
+from rsauto.exports.trl import ABILITIES as TRL
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.report.choice import Choice
 from rsauto.report.table import load_study
@@ -492,6 +500,39 @@ def test_the_script_runs_to_its_end(labelled: Path, tmp_path: Path) -> None:
     assert isinstance(saved, LoraConfig) and saved.r == record.rank
 
 
+def test_batches_that_trainer_leaves_short_are_told(study: Path, tmp_path: Path) -> None:
+    """64 rows in batches of 6: what transformers' own Trainer makes of the end of an epoch."""
+    recipe = recipe_of(chosen_of(study, trial_of(study)), TRL)
+    assert not [note for note in trainer_notes(recipe) if "whole number" in note], "64 = 16 x 4"
+    six = dataclasses.replace(recipe.record, batch_size=6)
+    (note,) = (
+        one
+        for one in trainer_notes(dataclasses.replace(recipe, record=six, steps=11))
+        if "whole number" in one
+    )
+    sizes: list[int] = []
+
+    class Counting(Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *rest: Any) -> torch.Tensor:
+            sizes.append(len(inputs["x"]))
+            return super().training_step(model, inputs, *rest)
+
+    class Squares(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            return {"loss": super().forward(x).square().mean()}
+
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=6, max_steps=12, use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"x": torch.ones(1)}] * len(recipe.chosen.data.train)
+    Counting(Squares(1, 1), arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    assert sizes == [6] * 10 + [4, 6]
+    assert "64 rows" in note and "batches of 6: the last batch of every epoch has 4," in note
+    shorter = dataclasses.replace(recipe, record=six, steps=10)
+    assert len(trainer_notes(shorter)) == len(trainer_notes(recipe)), "it never comes to the end"
+
+
 # ---------------------------------------------------------------------------- folder and card
 
 
@@ -500,9 +541,15 @@ def test_only_an_earlier_export_is_replaced_and_only_when_told(study: Path, tmp_
     done(export(study, "card", out, "--json"))
     again = export(study, "card", out)
     assert again.exit_code == 2 and "Give --force" in again.output
-    (out / "mine.txt").write_text("an earlier file")
+    (out / "outputs").mkdir()
+    (out / "outputs" / "mine.txt").write_text("hours of training")
+    refused = export(study, "card", out, "--force")
+    assert refused.exit_code == 2 and f"it holds {Path('outputs', 'mine.txt')}" in refused.output
+    (out / "outputs" / "mine.txt").rename(tmp_path / "mine.txt")
+    (out / "README.md").write_text("changed")
     done(export(study, "card", out, "--json", "--force"))
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "export.json"]
+    assert (out / "README.md").read_text() != "changed"
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("")

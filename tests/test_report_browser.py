@@ -145,8 +145,24 @@ def test_dark_phone_and_paper(tab: Any) -> None:
     tab.resize(390, 844, is_phone=True)
     tab.wait("document.documentElement.scrollWidth <= 390", "nothing sticks out on a phone")
     tab.resize(1280, 8000)
+    width = "document.querySelector('#plot-rank .main-svg').getAttribute('width')"
+    tab.run(f"addEventListener('beforeprint', () => {{ window.onPaper = {width} }})")
     assert len(tab.send("Page.printToPDF")["data"]) > 10_000
+    assert tab.run("window.onPaper") == "660", "as wide as the paper, whatever the window"
+    room = "document.getElementById('plot-rank').clientWidth"
+    tab.wait(f"Math.abs({width} - {room}) < 1", "figures have the width of the window again")
     assert tab.run("document.querySelectorAll('.pane[data-paper]').length") == 0
+
+
+def test_nothing_sticks_out_of_a_page_of_paper(tab: Any) -> None:
+    """718 pixels are A4 between its margins; Chromium shrinks every page to fit the widest."""
+    tab.resize(718, 8000)
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    tables = "Array.from(document.querySelectorAll('table')).map(t => t.scrollWidth)"
+    assert max(tab.run(tables)) <= 718
+    assert tab.run("document.querySelector('details:not([open]) pre').checkVisibility()")
+    tab.send("Emulation.setEmulatedMedia", media="")
+    tab.resize(1280, 8000)
 
 
 def _fill(words: str) -> str:

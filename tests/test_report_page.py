@@ -19,6 +19,7 @@ import pytest
 from test_report_records import (
     allocated,
     record,
+    refit,
     study_config,
     study_records,
     with_loss,
@@ -321,24 +322,47 @@ def test_fronts_are_drawn_against_memory_compute_and_time() -> None:
     assert len({looks[name][0] for name in ("rsLoRA", "pruned", "infeasible", "diverged")}) == 4
     assert shown["compute"].x_label == "training compute (GFLOPs)"
     solo = [t for t in trials if t.train_seconds is not None and t.outcome == "complete"]
-    drawn = sum(
-        len(layer.x) for layer in shown["time"].layers if layer.size == 8.0 and layer.symbol
-    )
+    drawn = sum(len(layer.x) for layer in shown["time"].layers if layer.size < 15 and layer.symbol)
     assert drawn == len(solo)
+
+
+def test_methods_outcomes_and_marks_of_a_front_differ_in_shape() -> None:
+    """Some readers see no difference between two of the colours."""
+    trials = [
+        with_loss(record(n, 8, 1e-3 * (1 + n), method=method, role=role), 1.0 + n)
+        for n, (method, role) in enumerate(
+            [("rslora", "search"), ("lora", "search"), ("lora", "default_tuned")]
+        )
+    ]
+    trials += [with_loss(allocated(3), 1.0), with_loss(refit(4), 1.0)]
+    outcomes = ("pruned", "diverged", "oom", "infeasible", "failed")
+    trials += [record(5 + n, 8, 1e-3, outcome=outcome) for n, outcome in enumerate(outcomes)]
+    shown = {p.key: p for p in panels(trials, judge(study_config(), trials, {}))}["memory"]
+    assert isinstance(shown, Panel)
+    for is_mark in (False, True):
+        drawn = [
+            layer.symbol for layer in shown.layers if layer.symbol and (layer.size == 15) == is_mark
+        ]
+        assert len(drawn) == len(set(drawn)) == (3 if is_mark else 10)
 
 
 def test_curves_are_few_lines_however_many_trials_there_are() -> None:
     trials = [with_loss(record(n, (4, 8)[n % 2], 1e-3), 1 + n / 1000) for n in range(300)]
     stopped = with_loss(record(300, 4, 1e-3, outcome="pruned", steps=50, fidelity=0.5), 0.5)
-    verdict = judge(study_config(), [*trials, stopped], {})
-    shown = {p.key: p for p in panels([*trials, stopped], verdict) if isinstance(p, Panel)}
+    at_once = replace(stopped, number=301, curve=stopped.curve[:1])
+    trials += [stopped, at_once]
+    verdict = judge(study_config(), trials, {})
+    shown = {p.key: p for p in panels(trials, verdict) if isinstance(p, Panel)}
     for key, value in (("curves", 1.0), ("grad_norms", 0.5)):
         layers = shown[key].layers
         strong = [layer for layer in layers if layer.in_legend]
-        assert [layer.name for layer in strong] == ["rsLoRA 4", "rsLoRA 8"] and len(layers) == 5
+        assert [layer.name for layer in strong] == ["rsLoRA 4", "rsLoRA 8"] and len(layers) == 6
         assert strong[0].y[-1] == value, "of the best trial that finished"
         faint = [layer for layer in layers if not layer.in_legend]
-        assert sum(sum(map(math.isnan, layer.y)) + 1 for layer in faint) == 299
+        assert sum(sum(map(math.isnan, layer.y)) + 1 for layer in faint) == 300
+        (point,) = (layer for layer in faint if len(layer.x) == 1)
+        assert point.symbol and point.hover == ("trial 301, rsLoRA 4, pruned",)
+        assert all(layer.dash and not layer.symbol for layer in faint if layer is not point)
     for panel in shown.values():
         json.dumps(interactive(panel).to_plotly_json(), allow_nan=False, default=list)
 

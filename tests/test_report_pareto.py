@@ -102,7 +102,7 @@ def test_cheapest_within_one_percent_of_the_best() -> None:
     assert select_rank(frame, within=0.0)["rank"] == 64
     assert select_rank(frame, within=0.005)["rank"] == 32
     assert select_rank(frame, within=0.06)["rank"] == 8
-    assert select_rank(frame, within=0.0, tolerance=0.0041)["rank"] == 32
+    assert select_rank(frame, prefer="best")["rank"] == 64
 
 
 def test_the_budget_decides_who_is_the_best() -> None:
@@ -149,7 +149,7 @@ def test_largest_rank_that_fits_at_its_best() -> None:
 def test_seeds_are_averaged_before_anything_is_compared() -> None:
     lucky = [with_loss(record(n, 8, 1e-3, seed=n), loss) for n, loss in enumerate((0.8, 1.4))]
     steady = [with_loss(record(n, 16, 1e-3, seed=n), loss) for n, loss in ((2, 1.0), (3, 1.02))]
-    row = select_rank(table([*lucky, *steady]), within=0.0)
+    row = select_rank(table([*lucky, *steady]), prefer="best")
     assert (row["rank"], row["num_seeds"], row["numbers"]) == (16, 2, "2,3")
     assert row["eval_loss"] == pytest.approx(1.01)
 
@@ -208,7 +208,7 @@ def test_nothing_fits_says_what_the_smallest_needs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"prefer": "biggest"}, "prefer must be 'cheapest' or 'largest', got 'biggest'"),
+        ({"prefer": "biggest"}, "prefer must be 'cheapest', 'best' or 'largest', got 'biggest'"),
         ({"within": -0.1}, "within must be"),
         ({"within": float("nan")}, "within must be"),
         ({"memory_budget": "24 apples"}, "memory_budget '24 apples'"),
@@ -264,7 +264,7 @@ def test_time_and_parameters_limit_what_is_considered() -> None:
 def test_on_a_whole_study() -> None:
     frame = table(study_records())
     assert select_rank(frame, "16MiB")["rank"] == 16
-    assert select_rank(frame, "22MiB", min_seeds=3, within=0.0)["rank"] == 64
+    assert select_rank(frame, "22MiB", min_seeds=3, prefer="best")["rank"] == 64
     assert select_rank(frame, "22MiB", min_seeds=3)["rank"] == 32
     assert select_rank(frame, "32MiB", min_seeds=3)["rank"] == 64
     assert select_rank(frame, "32MiB", prefer="largest")["rank"] == 128

@@ -18,8 +18,9 @@ from rsauto.records import TrialRecord
 from rsauto.report.cells import rank_grid, tiles
 from rsauto.report.noise import Noise
 from rsauto.report.page import write_report
+from rsauto.report.pareto import select_rank
 from rsauto.report.ranks import rank_table
-from rsauto.report.table import load_study
+from rsauto.report.table import load_study, table
 from rsauto.report.verdict import judge
 
 SPREAD = 0.02
@@ -56,7 +57,6 @@ def test_intervals_of_a_mean_and_of_several_differences() -> None:
 def test_two_ranks_in_the_noise_are_not_ranked_and_the_cheaper_saves() -> None:
     verdict = judge(study_config(), [*repeated(0, 128, 1.0), *repeated(3, 64, 1.02)], {})
     assert verdict.best is not None and verdict.best.rank == 128
-    assert verdict.recommended is not None and verdict.recommended.rank == 64
     assert [s.record.rank for s in verdict.ties] == [64, 128]
     half_width = 2.7764451052 * SPREAD * math.sqrt(2 / 3)
     assert verdict.tie_half_width == pytest.approx(half_width)
@@ -65,6 +65,44 @@ def test_two_ranks_in_the_noise_are_not_ranked_and_the_cheaper_saves() -> None:
         "rank 64 needs 7.87 MiB less."
     )
     assert peak_bytes(128) - peak_bytes(64) == pytest.approx(7.87 * MIB, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mean", "rank", "says"),
+    [
+        (1.009, 64, "is within 1 % of the best (rank 128, 1.000 ± 0.032) and it needs 21.4 MiB."),
+        (1.0115, 64, "is within one standard error (0.012) of the best (rank 128, 1.000 ± 0.032)"),
+        (1.0116, 128, "is the best mean found"),
+        (1.02, 128, "is the best mean found"),
+    ],
+)
+def test_one_standard_error_is_given_away_for_less_memory(
+    mean: float, rank: int, says: str
+) -> None:
+    """s_p / sqrt(3) = 0.02 / sqrt(3) = 0.011547. What cannot be told apart is a wider band."""
+    records = [*repeated(0, 128, 1.0), *repeated(3, 64, mean)]
+    verdict = judge(study_config(), records, {})
+    assert verdict.recommended is not None and verdict.recommended.rank == rank
+    assert says in verdict.sentences[0]
+    assert [s.record.rank for s in verdict.ties] == [64, 128]
+    assert select_rank(table(records))["rank"] == rank
+
+
+def test_the_standard_error_is_that_of_the_best_over_its_own_seeds() -> None:
+    """0.015 is beyond 0.02 / sqrt(3), and within 0.02 / sqrt(1) of a best that ran once."""
+    repeats = repeated(0, 64, 1.015)
+    assert select_rank(table([*repeats, searched(9, 128, 1.0)]))["rank"] == 64
+    assert select_rank(table([*repeats, *repeated(9, 128, 1.0)]))["rank"] == 128
+    single = [searched(0, 64, 1.015), searched(9, 128, 1.0)]
+    assert select_rank(table(single))["rank"] == 128, "nothing is known about the noise"
+
+
+def test_a_recommendation_dearer_than_the_cheapest_tie_says_what_it_saves_itself() -> None:
+    records = [*repeated(0, 128, 1.0), *repeated(3, 64, 1.005), *repeated(6, 16, 1.02)]
+    verdict = judge(study_config(), records, {})
+    assert verdict.recommended is not None and verdict.recommended.rank == 64
+    assert verdict.sentences[0].endswith("and it needs 21.4 MiB, 7.87 MiB less.")
+    assert "Of rank 16, rank 64 and rank 128 none can be told apart" in verdict.sentences[1]
 
 
 def test_the_mean_is_told_with_its_interval() -> None:
@@ -84,7 +122,6 @@ def test_intervals_to_the_best_hold_all_together() -> None:
     verdict = judge(study_config(), records, {})
     assert verdict.tie_half_width == pytest.approx(0.04848, abs=1e-5)
     assert [s.record.rank for s in verdict.ties] == [64, 128]
-    assert verdict.recommended is not None and verdict.recommended.rank == 64
     assert [s.record.rank for s in judge(study_config(), records[:6], {}).ties] == [64, 128]
     apart = [*records[:3], *repeated(3, 64, 1.05), *records[6:]]
     assert judge(study_config(), apart, {}).ties == ()
@@ -157,13 +194,13 @@ def test_single_runs_beside_a_repeated_default() -> None:
     assert verdict.tie_half_width == pytest.approx(half_width)
     assert [s.record.rank for s in verdict.ties] == [64, 128]
     assert verdict.standings["best"].half_width is None
-    assert "its eval loss 1.100 cannot be told apart, over the seeds, from" in verdict.sentence
+    assert "its eval loss 1.000 is the best found" in verdict.sentence
     assert "The ranks ran on one seed each, so which is best may be luck" in verdict.sentence
 
 
 def test_the_rank_table_shows_intervals_and_ties() -> None:
     records = [
-        *repeated(0, 128, 1.0), *repeated(3, 64, 1.02), *repeated(6, 4, 1.3),
+        *repeated(0, 128, 1.0), *repeated(3, 64, 1.01), *repeated(6, 4, 1.3),
         searched(9, 16, 0.9), default(10, 1.5),
     ]  # fmt: skip
     verdict = judge(study_config(), records, {})
@@ -175,7 +212,7 @@ def test_the_rank_table_shows_intervals_and_ties() -> None:
     cells = {row[0]: row for row in grid.rows}
     marks, value = grid.headers.index(""), grid.headers.index("eval loss")
     assert (cells["64"][marks], cells["64"][value]) == (
-        "recommended, tied with best", "1.020 ± 0.028"
+        "recommended, tied with best", "1.010 ± 0.028"
     )  # fmt: skip
     assert (cells["128"][marks], cells["16"][value]) == ("best", "0.9000")
 
@@ -188,7 +225,7 @@ def test_a_gain_that_may_be_zero_is_not_put_in_large_figures() -> None:
 
 
 def test_the_terminal_shows_the_same(tmp_path: Path) -> None:
-    records = [*repeated(0, 128, 1.0), *repeated(3, 64, 1.02)]
+    records = [*repeated(0, 128, 1.0), *repeated(3, 64, 1.01)]
     environment = {"ended": "all 40 trials have settled."}
     folder = write_study(tmp_path, records, environment=environment)
     verdict = write_report(folder)
@@ -196,7 +233,7 @@ def test_the_terminal_shows_the_same(tmp_path: Path) -> None:
     print_verdict(load_study(folder), verdict, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert "1.020 ± 0.032" in text and "recommended, tied with best" in text
+    assert "1.010 ± 0.032" in text and "recommended, tied with best" in text
     assert "Rank 64 and rank 128 cannot be told apart at this noise" in text
     assert "Two single runs less than 0.079 apart (95 %) cannot be told apart." in text
     assert "Why the search ended: all 40 trials have settled.\n" in text

@@ -227,6 +227,14 @@ def test_a_mistake_in_set_is_told_where_it_was_made(
     assert problems(tmp_path, BASE, sets=[assignment]) == [expected]
 
 
+def test_an_option_comes_last_and_a_mistake_in_it_names_it(tmp_path: Path) -> None:
+    path = written(tmp_path, BASE)
+    options = {"search.trials": 7, "memory_budget": None}
+    assert load(path, sets=["search.trials=3"], options=options).search.trials == 7
+    with pytest.raises(InputError, match=r"^--trials 0: search\.trials: must be .* \(got 0\)"):
+        load(path, options={"search.trials": 0})
+
+
 def test_a_preset_changes_what_it_names_and_sets_come_after_it(tmp_path: Path) -> None:
     path = written(tmp_path, BASE)
     config = load(path, preset="quick", sets=["search.trials=3"])

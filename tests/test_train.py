@@ -337,8 +337,11 @@ def test_a_training_that_diverges_says_at_which_step(study: Path, tmp_path: Path
         (["--steps", "0", "--seed", "-1"], ["--steps 0: must be at least 1", "--seed -1"]),
         (["--steps", "4", "--evals", "5"], ["--evals 5: must be at most the steps, which are 4"]),
         (["--track", "tensorbord"], ["--track tensorbord", "Did you mean 'tensorboard'?"]),
-        (["--memory-budget", "much"], ["memory_budget", "much"]),
-        (["--micro-batch-size", "3"], ["micro_batch_size must divide batch_size 4"]),
+        (["--memory-budget", "much"], ["rsauto: --memory-budget much: memory_budget: give a size"]),
+        (
+            ["--micro-batch-size", "3"],
+            ["--micro-batch-size 3: training: micro_batch_size must divide batch_size 4"],
+        ),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_loaded(
@@ -395,7 +398,7 @@ def test_other_data_than_the_studys_are_refused(study: Path, tmp_path: Path) -> 
 
 
 def test_a_model_is_the_same_that_does_the_same(study: Path, tmp_path: Path) -> None:
-    """Its fingerprint tells of its folder too, which may be another on another machine."""
+    """Its files may have been written anew since, with the same numbers in them."""
     copied = tmp_path / "study"
     shutil.copytree(study, copied)
     found = json.loads((copied / "environment.json").read_text())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_study import study_values
 
 import rsauto
+from rsauto.atomic import beside
 from rsauto.errors import InputError, StudyInterrupted
 from rsauto.finetuning.request import Job, Request, resolve
 from rsauto.finetuning.run import Finished, Remark, training_events
 from rsauto.search.events import Stage, TrialStep
+from rsauto.search.folder import StudyFolder
 from rsauto.stop import StopFlag
 
 
@@ -59,6 +64,34 @@ def test_a_record_of_something_else_is_named(study: Path, tmp_path: Path) -> Non
     list(training_events(job))
     (job.out / "record.json").write_text(json.dumps({"number": 0}))
     with pytest.raises(InputError, match=r"record\.json: is not what rsauto train wrote"):
+        list(training_events(job))
+
+
+def test_a_finished_training_without_its_adapter_says_how_to_make_it_anew(
+    study: Path, tmp_path: Path
+) -> None:
+    job = job_in(tmp_path / "out", study)
+    (first,) = (event for event in training_events(job) if isinstance(event, Finished))
+    shutil.rmtree(job.out / "adapter")
+    # Of a process that was killed while it wrote the adapter.
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = beside(job.out / "adapter", "partial")
+    left = left.with_name(left.name.replace(str(os.getpid()), str(dead.pid)))
+    left.mkdir()
+    with pytest.raises(InputError, match=r"its adapter, .* is gone\. .* remove .*record\.json and"):
+        list(training_events(job))
+    (job.out / "record.json").unlink()
+    (again,) = (event for event in training_events(job) if isinstance(event, Finished))
+    assert not again.was_finished and (job.out / "adapter" / "adapter_config.json").exists()
+    assert again.values["eval_loss"] == first.values["eval_loss"]
+    assert not left.exists()
+
+
+def test_another_process_at_the_same_training_is_named(study: Path, tmp_path: Path) -> None:
+    job = job_in(tmp_path / "out", study)
+    says = f"pid {os.getpid()}\\) is working on this training"
+    with StudyFolder(job.out).locked("training"), pytest.raises(InputError, match=says):
         list(training_events(job))
 
 

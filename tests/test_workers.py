@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -385,7 +385,7 @@ def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
     ledger.set_attribute("config", stored)
     for refused in (
         lambda: join_study(str(tmp_path)),
-        lambda: claim(ledger, config_of(), {}, 1, StudyFolder(tmp_path)),
+        lambda: claim(ledger, config_of(), cast(Any, None), StudyFolder(tmp_path)),
     ):
         with pytest.raises(InputError, match=r"another version of rsauto.*search.of_tomorrow"):
             refused()

@@ -8,7 +8,6 @@ kept none are not adapted at all.
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Collection
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from rsauto.adalora.layer import SvdLayer, svd_layers
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
-from rsauto.atomic import write_bytes
+from rsauto.atomic import beside, clear_leftovers, put_in_place, write_bytes
 
 Folded = dict[str, tuple[Tensor, Tensor]]
 """Name of a module to (A, B), (r x d_in) and (d_out x r) in float32: Delta W = B A."""
@@ -97,7 +96,8 @@ def write_adapter(
     folder: Path, tensors: dict[str, Tensor], config: PeftConfig, card: str = ""
 ) -> int:
     """Writes an adapter's folder, all or nothing; returns the size of its weights in bytes."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    clear_leftovers(folder)
+    partial = beside(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -112,21 +112,6 @@ def write_adapter(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
-
-
-def put_in_place(new: Path, folder: Path) -> None:
-    """Renames ``new`` to ``folder``; what was there goes only when that has worked."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def folded_factors(adapted: PeftModel, adapter_name: str = ADAPTER_NAME) -> Folded:

@@ -44,7 +44,7 @@ class Chosen:
     def _read(self) -> Read:
         found = read(self.config, Objects())
         now = {"model": found.source.fingerprint, "data": found.data.fingerprint}
-        then = self.study.environment.get("fingerprints", {})
+        then = found.source.in_todays_form(self.study.environment.get("fingerprints", {}))
         changed = [name for name, value in now.items() if then.get(name, value) != value]
         if changed:
             raise InputError(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rsauto.adapters.export import put_in_place
-from rsauto.atomic import write_text
+from rsauto.atomic import beside, clear_leftovers, put_in_place, write_text
 from rsauto.errors import InputError
 
 MARK = "export.json"
@@ -30,24 +28,40 @@ def require_free(place: Path, force: bool) -> None:
         )
     if not place.is_dir() or not any(place.iterdir()):
         return
-    if not _is_export(place):
-        raise InputError(
-            f"--out {place}: the folder is not empty and holds no export of rsauto. "
-            "Choose another --out, or empty it."
-        )
-    if not force:
+    if not force and _written(place):
         raise InputError(
             f"--out {place}: holds an earlier export. Give --force to replace it, or choose "
             "another --out."
         )
+    _require_nothing_else(place)
 
 
-def _is_export(place: Path) -> bool:
+def _require_nothing_else(place: Path) -> None:
+    """Raises InputError for files that no export wrote: they are not ours to delete."""
+    written = _written(place)
+    files = (path for path in place.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted({str(path.relative_to(place)) for path in files} - written)
+    if others and not written:
+        raise InputError(
+            f"--out {place}: the folder is not empty and holds no export of rsauto. "
+            "Choose another --out, or empty it."
+        )
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise InputError(
+            f"--out {place}: beside the earlier export it holds {', '.join(others[:3])}{more}, "
+            "which the export did not write and --force does not delete. Move them away, or choose "
+            "another --out."
+        )
+
+
+def _written(place: Path) -> frozenset[str]:
+    """The files of the export that a folder holds, relative to it; nothing where it holds none."""
     try:
         found = json.loads((place / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "to" in found
+        return frozenset({MARK, *found["files"]}) if "to" in found else frozenset()
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 @contextmanager
@@ -56,11 +70,13 @@ def built(place: Path) -> Iterator[Path]:
 
     Raises InputError where it cannot be written.
     """
-    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    partial = beside(place, "partial")
     try:
+        clear_leftovers(place)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        _require_nothing_else(place)  # Building takes minutes; something may have come meanwhile.
         put_in_place(partial, place)
     except OSError as error:
         raise InputError(f"--out {place}: cannot be written: {error}.") from error

@@ -54,6 +54,12 @@ def comment(recipe: Recipe, command: str, notes: Sequence[str]) -> str:
 def trainer_notes(recipe: Recipe) -> list[str]:
     """What transformers' Trainer, on which the others are built, does otherwise."""
     notes = ["the trainer shuffles rows in an order of its own, so batches are others."]
+    num_rows, size = len(recipe.chosen.data.train), recipe.record.batch_size
+    if num_rows % size and recipe.steps > num_rows // size:
+        notes.append(
+            f"{num_rows} rows are no whole number of batches of {size}: the last batch of every "
+            f"epoch has {num_rows % size}, which rsauto fills up from the next epoch."
+        )
     if recipe.warmup_steps:
         notes.append(
             "over warm-up the rate is one step behind: it begins at 0, and not at "

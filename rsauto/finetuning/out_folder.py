@@ -107,12 +107,21 @@ class OutFolder:
         return values
 
     def finished(self) -> dict[str, Any]:
-        """The results of a training that has ended. Raises InputError for another file."""
+        """The results of a training that has ended.
+
+        Raises InputError for another file, or where the adapter is gone.
+        """
         found = self._read(self.record_file)
         assert found is not None, "asked for once it is finished"
         if not _SHOWN <= found.keys():
             raise InputError(
                 f"{self.record_file}: is not what rsauto train wrote. Choose another --out."
+            )
+        if not any(self.adapter.glob("*.safetensors")):
+            raise InputError(
+                f"{self.path}: this training is finished, but its adapter, {self.adapter}, is "
+                f"gone. To train it anew, remove {self.record_file} and give the same command; "
+                "or choose another --out."
             )
         return found
 

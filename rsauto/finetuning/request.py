@@ -136,8 +136,9 @@ def resolve(request: Request) -> Job:
         "memory_budget": request.memory_budget,
         "training.micro_batch_size": request.micro_batch_size,
     }
-    sets = [f"{key}={value}" for key, value in asked.items() if value is not None]
-    config = study_file.load(study.folder / "study.yaml", sets=sets) if sets else study.config
+    is_changed = any(value is not None for value in asked.values())
+    file = study.folder / "study.yaml"
+    config = study_file.load(file, options=asked) if is_changed else study.config
     job = Job(request=request, study=study, config=config, record=record)
     evals, steps = request.num_evals, job.known_steps
     if evals is not None and steps is not None and evals > steps:

@@ -99,7 +99,7 @@ def training_events(job: Job, stop: StopFlag | None = None) -> Iterator[Event]:
         setup.source.tokenizer,
         has_token_types=setup.data.train[0].token_type_ids is not None,
     )
-    with StudyFolder(job.out).locked():
+    with StudyFolder(job.out).locked("training"):
         if folder.is_finished:  # by another process, while this one read model and data
             yield Finished(folder.finished(), was_finished=True)
             return
@@ -127,8 +127,8 @@ def _checked_fingerprints(job: Job, now: dict[str, str]) -> Iterator[Remark]:
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Which of the data differ, in words.
 
-    The model's fingerprint also tells of the folder it lies in and the version of transformers, so
-    that it is compared by what it does, see `checked_model`.
+    A model whose files differ, such as one that was saved again, may still be the same: it is
+    compared by what it does, see `checked_model`.
     """
     names = [name for name in now if name != "model"]
     return " and the ".join(name for name in names if before.get(name) != now[name])
@@ -137,7 +137,7 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 def checked_model(job: Job, setup: Setup, bench: Bench, batch_size: int) -> Iterator[Remark]:
     """Raises InputError where the untouched model does not do what the study's did."""
     study = job.study.environment
-    before = study.get("fingerprints", {}).get("model")
+    before = setup.source.in_todays_form(study.get("fingerprints", {})).get("model")
     if before in (None, setup.source.fingerprint):
         return
     expected = (study.get("baseline") or {}).get("eval_loss")
@@ -149,8 +149,8 @@ def checked_model(job: Job, setup: Setup, bench: Bench, batch_size: int) -> Iter
             "files back, set model.revision in its study.yaml, or run the study again."
         )
     yield Remark(
-        "the model lies elsewhere than when the study was made, or another version of transformers "
-        f"reads it; its loss without an adapter is the same, {found:.4f}"
+        "the files of the model are not those that the study was made with, or an earlier version "
+        f"of rsauto made it; its loss without an adapter is the same, {found:.4f}"
     )
 
 

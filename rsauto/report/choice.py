@@ -92,4 +92,4 @@ def _best_of_rank(study: Study, rank: int, budget: int | None) -> Any:
         )
     rows = rows[rows["rank"] == rank]
     minimize = study.config.search.minimize
-    return choose(rows, budget, 0.0, "largest", objective=objective, minimize=minimize)
+    return choose(rows, budget, prefer="best", objective=objective, minimize=minimize)

@@ -53,8 +53,9 @@ _QUANTITIES = (
 
 _LOOKS = (
     "Strong lines are the best full-length trial of each rank and method, or the one that came "
-    "furthest where none finished; the others are faint, dotted if they were stopped. Colour and "
-    "symbol tell the rank, the dash the method (solid rsLoRA, dashed LoRA, dotted AdaLoRA)."
+    "furthest where none finished; the others are faint, dotted if they were stopped, and a point "
+    "where that was at the first evaluation. Colour and symbol tell the rank, the dash the method "
+    "(solid rsLoRA, dashed LoRA, dotted AdaLoRA)."
 )
 
 
@@ -78,11 +79,17 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
     looks = rank_looks(rank for rank, _, _ in kinds)
     faint = []
     for kind, group in kinds.items():
-        for is_whole in (True, False):
-            rest = [r for r in group if r is not best[kind] and _is_whole(r) == is_whole]
-            if rest:
-                line = _faint(_name(kind), rest, quantity, looks[kind[0]][0])
-                faint.append(replace(line, opacity=0.4 if len(records) <= 100 else 0.15))
+        alike: dict[tuple[bool, bool], list[TrialRecord]] = {}
+        for record in group:
+            if record is not best[kind]:
+                is_point = len(_curve(record, quantity)) == 1
+                alike.setdefault((not _is_whole(record), is_point), []).append(record)
+        for (_, is_point), rest in sorted(alike.items()):
+            colour, symbol = looks[kind[0]]
+            line = _faint(_name(kind), rest, quantity, colour)
+            if is_point:  # a line of one point is not drawn
+                line = replace(line, dash=None, symbol=symbol, size=5.0)
+            faint.append(replace(line, opacity=0.4 if len(records) <= 100 else 0.15))
     strong = [_strong(kind, record, quantity) for kind, record in best.items()]
     shown = [
         replace(layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1])

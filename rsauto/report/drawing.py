@@ -21,8 +21,11 @@ _MARKERS = {
     "star": "*",
     "down": "v",
     "up": "^",
+    "left": "<",
+    "right": ">",
     "cross": "x",
     "plus": "+",
+    "bar": "|",
     "ring": "o",
 }
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -125,6 +128,7 @@ def _draw(axes: Axes, layer: Layer) -> None:
             fmt="none", ecolor=layer.colour, elinewidth=1.4, capsize=4, zorder=3,
         )  # fmt: skip
     is_open = layer.symbol in ("ring", "down")
+    is_thin = is_open or layer.symbol in ("cross", "plus", "bar")
     axes.plot(
         list(layer.x),
         list(layer.y),
@@ -137,8 +141,8 @@ def _draw(axes: Axes, layer: Layer) -> None:
         marker=_MARKERS[layer.symbol] if layer.symbol else "none",
         markersize=layer.size * (1.1 if layer.symbol == "star" else 0.75),
         markerfacecolor="none" if is_open else layer.colour,
-        markeredgecolor=layer.colour if is_open or layer.symbol in ("cross", "plus") else "white",
-        markeredgewidth=1.4 if is_open or layer.symbol in ("cross", "plus") else 0.6,
+        markeredgecolor=layer.colour if is_thin else "white",
+        markeredgewidth=1.4 if is_thin else 0.6,
         zorder=4 if layer.size >= 12 else 3,
     )
 

@@ -26,14 +26,19 @@
     }
   }
 
-  function dressed(figure, isDark) {
+  // Two figures fit on a page of A4 or letter; one that has more rows than usual keeps its height.
+  const PAPER = { width: 660, height: 340, usual: 460 };
+
+  function dressed(figure, isDark, onPaper) {
     const ink = isDark ? "#c9d0d8" : "#3a424c";
     const card = isDark ? "#1c2026" : "#ffffff";
     const { font, hoverlabel, xaxis, yaxis, ...rest } = figure.layout;
+    const height = rest.height > PAPER.usual ? rest.height : PAPER.height;
     return {
       data: isDark ? figure.data.map(lightened) : figure.data,
       layout: {
         ...rest,
+        ...(onPaper ? { width: PAPER.width, height, autosize: false } : {}),
         font: { ...font, color: ink },
         hoverlabel: { ...hoverlabel, bgcolor: card, font: { color: ink } },
         xaxis: { ...xaxis, linecolor: ink },
@@ -62,11 +67,11 @@
     document.head.append(script);
   }
 
-  function draw(key, isDark) {
+  function draw(key, isDark, onPaper) {
     if (drawn.has(key)) return null;
     if (!drawn.size) start();
     drawn.add(key);
-    const { data, layout } = dressed(figures[key], isDark);
+    const { data, layout } = dressed(figures[key], isDark, onPaper);
     const made = Plotly.newPlot(plots[key], data, layout, settings);
     plots[key].on("plotly_click", (event) => {
       const said = /^trial (\d+)/.exec(event.points[0].text || "");
@@ -75,9 +80,9 @@
     return made;
   }
 
-  function dress(isDark) {
+  function dress(isDark, onPaper) {
     drawn.forEach((key) => {
-      const { data, layout } = dressed(figures[key], isDark);
+      const { data, layout } = dressed(figures[key], isDark, onPaper);
       Plotly.react(plots[key], data, layout, settings);
     });
   }
@@ -107,12 +112,12 @@
   dark.addEventListener("change", (event) => dress(event.matches));
   // On paper every figure is there, those of a switch too, in the colours of a light page.
   window.addEventListener("beforeprint", () => {
-    dress(false);
+    dress(false, true);
     document.querySelectorAll(".pane[hidden]").forEach((pane) => {
       pane.hidden = false;
       pane.dataset.paper = "only";
     });
-    Object.keys(plots).forEach((key) => draw(key, false));
+    Object.keys(plots).forEach((key) => draw(key, false, true));
   });
   window.addEventListener("afterprint", () => {
     document.querySelectorAll(".pane[data-paper]").forEach((pane) => {

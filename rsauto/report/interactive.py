@@ -18,8 +18,11 @@ _SYMBOLS = {
     "star": "star",
     "down": "triangle-down-open",
     "up": "triangle-up",
+    "left": "triangle-left",
+    "right": "triangle-right",
     "cross": "x-thin-open",
     "plus": "cross-thin-open",
+    "bar": "line-ns-open",
     "ring": "circle-open",
 }
 _HEIGHT = 460
@@ -185,7 +188,7 @@ def _trace(layer: Layer) -> go.Scatter:
     ]
     text = ["<br>".join(map(html.escape, lines.split("\n"))) for lines in layer.hover]
     width = 1.0 if layer.size >= 12 else 0.5
-    is_thin = layer.symbol in ("cross", "plus", "ring", "down")
+    is_thin = layer.symbol in ("cross", "plus", "bar", "ring", "down")
     return go.Scatter(
         name=html.escape(layer.name),
         x=_with_gaps(layer.x),

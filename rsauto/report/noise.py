@@ -86,11 +86,15 @@ class Noise:
         quantile = t_quantile(self.degrees_of_freedom, num_comparisons)
         return quantile * self.pooled_deviation * spread
 
-    def mean_half_width(self, num_seeds: int) -> float:
-        """Half width of the 95 % interval of one mean over seeds, t_{0.975, nu} s_p / sqrt(n)."""
+    def standard_error(self, num_seeds: int) -> float:
+        """Standard error of one mean over seeds, s_p / sqrt(n)."""
         if num_seeds < 1:
             raise ValueError(f"a mean needs a seed or more, got {num_seeds=}")
-        return t_quantile(self.degrees_of_freedom) * self.pooled_deviation / math.sqrt(num_seeds)
+        return self.pooled_deviation / math.sqrt(num_seeds)
+
+    def mean_half_width(self, num_seeds: int) -> float:
+        """Half width of the 95 % interval of one mean over seeds, t_{0.975, nu} s_p / sqrt(n)."""
+        return t_quantile(self.degrees_of_freedom) * self.standard_error(num_seeds)
 
 
 def full_runs(trials: pd.DataFrame, objective: str) -> pd.DataFrame:

@@ -9,7 +9,10 @@ from typing import Literal
 
 from rsauto.units import rate_text
 
-Symbol = Literal["circle", "square", "diamond", "star", "down", "up", "cross", "plus", "ring"]
+Symbol = Literal[
+    "circle", "square", "diamond", "star", "down", "up", "left", "right", "cross", "plus", "bar",
+    "ring",
+]  # fmt: skip
 Dash = Literal["solid", "dash", "dot", "dashdot"]
 
 # Okabe and Ito, "Color Universal Design" (2008), distinguishable with any colour vision; their
@@ -17,6 +20,9 @@ Dash = Literal["solid", "dash", "dot", "dashdot"]
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8A8A"
 METHOD_COLOURS = {"rslora": BLUE, "lora": ORANGE, "adalora": GREEN, "rsadalora": PINK}
+METHOD_SYMBOLS: dict[str, Symbol] = {"rslora": "circle", "lora": "square", "adalora": "up",
+                                     "rsadalora": "diamond"}  # fmt: skip
+"""Of points: green and pink come close for some eyes, so that shape tells as well."""
 METHOD_DASHES: dict[str, Dash] = {"lora": "dash", "adalora": "dot", "rsadalora": "dashdot"}
 """Of lines; solid for rsLoRA."""
 RANK_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE, VERMILLION, GREY, YELLOW)

@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable
 from datetime import timedelta
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
 from rsauto.config import MINIMISED
 from rsauto.devices import read_budget
 from rsauto.errors import InputError, nearest
-from rsauto.report.noise import configurations, full_runs
+from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes
 from rsauto.units import bytes_text, count_text, seconds_text
+
+Preference = Literal["cheapest", "best", "largest"]
 
 
 def pareto(
@@ -53,12 +55,11 @@ def select_rank(
     trials: pd.DataFrame,
     memory_budget: int | str | None = None,
     within: float = 0.01,
-    prefer: Literal["cheapest", "largest"] = "cheapest",
+    prefer: Preference = "cheapest",
     objective: str = "eval_loss",
     minimize: bool | None = None,
     *,
     min_seeds: int = 1,
-    tolerance: float = 0.0,
     time_budget: float | str | timedelta | None = None,
     parameters: int | None = None,
 ) -> pd.Series[Any]:
@@ -71,9 +72,10 @@ def select_rank(
     A trial that was only trained in a pack has no time of its own and does not count as fitting a
     time that is given, nor does anything whose cost is not known.
 
-    cheapest  of those no further from the best than ``within`` (relative to it) or ``tolerance``
-              (absolute, whichever is more), the one that can be trained in the least memory, then
-              the fewest FLOPs, then the best objective
+    cheapest  of those no further from the best than ``within`` (relative to it) or one standard
+              error of its mean over seeds, whichever is more, the one that can be trained in the
+              least memory, then the fewest FLOPs, then the best objective
+    best      the best objective, then the least memory, then the fewest FLOPs
     largest   the largest rank, at its best objective: the rule of the rsLoRA paper
 
     ``min_seeds`` leaves out configurations that ran on fewer seeds: the best of many single runs is
@@ -98,37 +100,53 @@ def select_rank(
         prefer,
         objective=objective,
         minimize=_is_minimised(trials, objective) if minimize is None else minimize,
-        tolerance=tolerance,
+        noise=seed_noise(trials, objective),
     )
 
 
 def choose(
     rows: pd.DataFrame,
     memory_budget_bytes: int | None,
-    within: float,
-    prefer: Literal["cheapest", "largest"] = "cheapest",
+    within: float = 0.0,
+    prefer: Preference = "cheapest",
     *,
     objective: str,
     minimize: bool,
-    tolerance: float = 0.0,
+    noise: Noise | None = None,
 ) -> pd.Series[Any]:
     """``select_rank`` on rows that are configurations already, one row each."""
     rows = _fitting(rows, memory_budget_bytes, objective)
     loss = rows[objective].astype(float) * (1.0 if minimize else -1.0)
     if prefer == "largest":
         kept = rows["rank"] == rows["rank"].max()
+    elif prefer == "best":
+        kept = loss.notna()
     else:
-        best = float(loss.min())
-        margin = max(within * abs(best), tolerance)
-        # The last term keeps a row in that lies on the limit but for rounding.
-        kept = loss - best <= margin + 1e-12 * abs(best)
+        kept = _as_good(loss, rows["num_seeds"], within, noise)
     near = rows[kept].assign(_loss=loss[kept], _memory=cost_bytes(rows[kept]))
     costs = [name for name in ("_memory", "flops") if name in near.columns]
-    order = ["_loss", *costs] if prefer == "largest" else [*costs, "_loss"]
+    order = [*costs, "_loss"] if prefer == "cheapest" else ["_loss", *costs]
     chosen: pd.Series[Any] = (
         near.sort_values(order, kind="stable").iloc[0].drop(["_loss", "_memory"])
     )
     return chosen
+
+
+def _as_good(
+    loss: pd.Series[float], num_seeds: pd.Series[int], within: float, noise: Noise | None
+) -> pd.Series[bool]:
+    """Which mean losses are no further from the lowest, m, than max(within |m|, one standard error
+    of m over its seeds).
+
+    The one-standard-error rule, here with a standard error that is pooled over all repeated
+    configurations, since each has few seeds (Breiman, Friedman, Olshen and Stone 1984,
+    Classification and Regression Trees, section 3.4.3). ``noise`` None leaves ``within`` alone.
+    """
+    best = int(loss.argmin())
+    lowest = float(loss.iloc[best])
+    error = 0.0 if noise is None else noise.standard_error(int(num_seeds.iloc[best]))
+    # The last term keeps a row in that lies on the limit but for rounding.
+    return loss - lowest <= max(within * abs(lowest), error) + 1e-12 * abs(lowest)
 
 
 def fits(rows: pd.DataFrame, memory_budget_bytes: int | None) -> pd.Series[bool]:
@@ -182,8 +200,8 @@ def _within(
 
 
 def _check_arguments(trials: pd.DataFrame, within: float, prefer: str, objective: str) -> None:
-    if prefer not in ("cheapest", "largest"):
-        raise InputError(f"prefer must be 'cheapest' or 'largest', got {prefer!r}")
+    if prefer not in get_args(Preference):
+        raise InputError(f"prefer must be 'cheapest', 'best' or 'largest', got {prefer!r}")
     if not (math.isfinite(within) and within >= 0):
         raise InputError(f"within must be a share such as 0.01, zero or more, got {within!r}")
     _check_column(trials, objective)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rsauto.report.noise import full_runs
-from rsauto.report.panel import BLUE, GREY, SKY, Layer, Panel, Symbol, rate_ticks
+from rsauto.report.panel import BLUE, GREY, METHOD_SYMBOLS, SKY, Layer, Panel, rate_ticks
 from rsauto.report.trial_layers import UNFINISHED, Axes, Scale
 from rsauto.report.verdict import Verdict
 from rsauto.units import method_text, objective_text, percent_text, rate_text
@@ -23,9 +23,6 @@ _BANDS: tuple[tuple[float, str, float], ...] = (
 )
 """How much worse than the best at most, as a share of it; colour; size. From blue to brown, which
 no colour vision confuses, and from large to small for those who see or print in grey."""
-
-_SYMBOLS: dict[str, Symbol] = {"rslora": "circle", "lora": "square", "adalora": "up",
-                               "rsadalora": "diamond"}  # fmt: skip
 
 
 def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
@@ -42,7 +39,7 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
         band = done[(behind > low) & (behind <= high)]
         name = f"within {percent_text(high)}" if high < 1 else f"over {percent_text(low)} worse"
         is_first = True
-        for method, symbol in _SYMBOLS.items():
+        for method, symbol in METHOD_SYMBOLS.items():
             layer = _at_rates(axes, name, band[band["method"] == method])
             if layer.x:
                 look = replace(layer, colour=colour, size=size, symbol=symbol)
@@ -83,10 +80,10 @@ def _finding(best: pd.Series[Any], name: str) -> str:
 
 
 def _symbols_told(done: pd.DataFrame) -> str:
-    methods = [method for method in _SYMBOLS if (done["method"] == method).any()]
+    methods = [method for method in METHOD_SYMBOLS if (done["method"] == method).any()]
     if len(methods) < 2:
         return ""
     told = {"circle": "discs", "square": "squares", "up": "triangles", "diamond": "diamonds"}
-    named = [f"{told[_SYMBOLS[method]]} are {method_text(method)}" for method in methods]
+    named = [f"{told[METHOD_SYMBOLS[method]]} are {method_text(method)}" for method in methods]
     text = ", ".join(named)
     return f"{text[0].upper()}{text[1:]}. "

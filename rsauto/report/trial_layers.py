@@ -13,6 +13,7 @@ from rsauto.report.panel import (
     GREEN,
     GREY,
     METHOD_COLOURS,
+    METHOD_SYMBOLS,
     ORANGE,
     VERMILLION,
     Layer,
@@ -38,16 +39,16 @@ UNFINISHED: dict[str, tuple[Symbol, str]] = {
     "diverged": ("cross", VERMILLION),
     "oom": ("plus", VERMILLION),
     "infeasible": ("ring", VERMILLION),
-    "failed": ("cross", GREY),
+    "failed": ("bar", GREY),
 }
 """How trials are drawn that did not finish: open symbols, told apart by shape as by colour."""
 
-_KINDS: tuple[tuple[str, Symbol, str], ...] = (
-    ("searched", "circle", "{}"),
-    ("default", "square", "{}, default adapter"),
-    ("refit", "up", "{} refit, AdaLoRA's ranks"),
+_KINDS: tuple[tuple[str, Symbol | None, str], ...] = (
+    ("searched", None, "{}"),
+    ("default", "right", "{}, default adapter"),
+    ("refit", "left", "{} refit, AdaLoRA's ranks"),
 )
-"""Trials that finished: what sort, how drawn, and called in the legend."""
+"""Trials that finished: what sort, how drawn (None: as the method), and called in the legend."""
 
 
 _TOLD = ("number", "outcome", "seed", "method", "refit", "rank", "init_rank", "r_max", "alpha",
@@ -123,11 +124,13 @@ class Axes:
         kind = kind.mask(done["refit"], "refit")
         layers = []
         for method in sorted(done["method"].unique(), reverse=True):
-            colour = METHOD_COLOURS.get(method, GREY)
+            colour, own = METHOD_COLOURS.get(method, GREY), METHOD_SYMBOLS.get(method, "circle")
             for which, symbol, name in _KINDS:
                 rows = done[(done["method"] == method) & (kind == which)]
                 layer = self.points(name.format(method_text(method)), rows)
-                layers.append(replace(layer, colour=colour, symbol=symbol, opacity=0.9))
+                look = replace(layer, colour=colour, symbol=symbol or own, opacity=0.9)
+                # A triangle looks smaller than a disc of its width.
+                layers.append(look if symbol is None else replace(look, size=10.0))
         rest = trials.drop(index=done.index)
         for outcome, (symbol, colour) in UNFINISHED.items():
             layer = self.points(outcome, rest[rest["outcome"] == outcome])
@@ -137,7 +140,7 @@ class Axes:
     def marked(self) -> list[Layer]:
         """The means the verdict is about."""
         shown: tuple[tuple[str, str, Symbol, str], ...] = (
-            ("default_tuned", "tuned default", "diamond", ORANGE),
+            ("default_tuned", "tuned default", "right", ORANGE),
             ("best", "best", "diamond", GREEN),
             ("recommended", "recommended", "star", VERMILLION),
         )

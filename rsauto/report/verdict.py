@@ -18,7 +18,7 @@ from rsauto.config import StudyConfig
 from rsauto.errors import InputError, nearest
 from rsauto.records import ADALORA_METHODS, TrialRecord
 from rsauto.report.noise import Noise, configurations, full_runs, seed_noise
-from rsauto.report.pareto import choose, fits
+from rsauto.report.pareto import Preference, choose, fits
 from rsauto.report.standing import Gain, Standing, gain_over, standing_of
 from rsauto.report.table import cost_bytes, metric_columns, needed_bytes, table
 from rsauto.report.wording import sentences
@@ -187,12 +187,11 @@ def _standings(
     noise: Noise | None,
 ) -> dict[str, Standing]:
     """The four configurations the verdict is about, as far as they finished."""
-    tolerance = candidates.half_width or 0.0
     chosen = {
         "default": _default(rows),
         "default_tuned": _default_tuned(rows, asked),
-        "best": _take(candidates.rows, asked, within=0.0, tolerance=0.0),
-        "recommended": _take(candidates.rows, asked, within=asked.within, tolerance=tolerance),
+        "best": _take(candidates.rows, asked, "best", noise),
+        "recommended": _take(candidates.rows, asked, "cheapest", noise),
     }
     return {
         name: standing_of(row, asked.objective, by_number, noise)
@@ -244,7 +243,7 @@ def _ties(
 
 
 def _take(
-    candidates: pd.DataFrame, asked: _Question, *, within: float, tolerance: float
+    candidates: pd.DataFrame, asked: _Question, prefer: Preference, noise: Noise | None
 ) -> pd.Series[Any] | None:
     """The configuration to take, or None where none finished within the budget."""
     if candidates.empty:
@@ -252,10 +251,11 @@ def _take(
     return choose(
         candidates,
         asked.budget,
-        within,
+        asked.within,
+        prefer,
         objective=asked.objective,
         minimize=asked.minimize,
-        tolerance=tolerance,
+        noise=noise,
     )
 
 

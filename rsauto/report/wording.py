@@ -87,18 +87,21 @@ def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
         rival = f"the tuned default, {rival}"
     elif best.record.rank == chosen.record.rank:
         rival = settings_text(best.record)
+    # That the cheapest of the ties is cheaper is told of the ties.
+    is_told = bool(verdict.ties) and verdict.ties[0].record.number == chosen.record.number
     return (
         f"{start}{value} {_closeness(verdict, chosen, best)} the best "
-        f"({rival}, {_mean(best)}){_needs(chosen, None if verdict.ties else best)}."
+        f"({rival}, {_mean(best)}){_needs(chosen, None if is_told else best)}."
     )
 
 
 def _closeness(verdict: Verdict, chosen: Standing, best: Standing) -> str:
     distance = abs(chosen.objective - best.objective)
     # The same slack as in the choice, so that a row on the limit is worded as inside it.
-    if distance <= verdict.within * abs(best.objective) * (1 + 1e-9):
+    is_close = distance <= verdict.within * abs(best.objective) * (1 + 1e-9)
+    if is_close or verdict.noise is None:
         return f"is within {percent_text(verdict.within)} of"
-    return "cannot be told apart, over the seeds, from"
+    return f"is within one standard error ({verdict.noise.standard_error(best.num_seeds):.2g}) of"
 
 
 def _mean(standing: Standing) -> str:

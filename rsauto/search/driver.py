@@ -25,7 +25,7 @@ from rsauto.search.books import Books
 from rsauto.search.events import CrewNotice, Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
 from rsauto.search.follow import leading
-from rsauto.search.identity import claim, fingerprints_of, require_nothing_lost
+from rsauto.search.identity import claim, require_nothing_lost
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.publish import publish
@@ -116,9 +116,7 @@ class StudyRun:
         is_alone = self.users is not None and self.users.join()
         self.ledger = Ledger.open(open_storage(storage, folder.journal_file), config)
         self.books = Books(setup, folder, self.ledger, stop)
-        fingerprints = fingerprints_of(setup)
-        claim(self.ledger, config, fingerprints, setup.memory_budget_bytes, folder)
-        self.environment["fingerprints"] = fingerprints
+        self.environment["fingerprints"] = claim(self.ledger, config, setup, folder)
         self.num_orphans = self.ledger.recover_orphans(
             is_alone=is_alone, limit=config.search.trials
         )

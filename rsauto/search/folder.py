@@ -19,6 +19,18 @@ from rsauto.errors import InputError
 from rsauto.records import TrialRecord, dump_line
 
 
+def changed_settings(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Settings that differ and may not when a study is continued, each as 'key: was X, is Y'.
+
+    A base model in a local folder may lie in another place than before: whether it is the same
+    model is for its fingerprint to say.
+    """
+    name = new.model.name
+    if Path(name).expanduser().is_dir():
+        old = old.model_copy(update={"model": old.model.model_copy(update={"name": name})})
+    return differences(old, new)
+
+
 class StudyFolder:
     """Paths of a study folder, and its files."""
 
@@ -49,7 +61,7 @@ class StudyFolder:
             raise InputError(f"--out {self.path}: no permission to write in {parent}.")
 
     def _check_same_study(self, config: StudyConfig) -> None:
-        changed = differences(study_file.load(self.config_file), config)
+        changed = changed_settings(study_file.load(self.config_file), config)
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
             raise InputError(
@@ -59,7 +71,7 @@ class StudyFolder:
             )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, work: str = "study") -> Iterator[None]:
         """Holds the folder for this process. Raises InputError when another one has it."""
         self._make()
         with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
@@ -69,7 +81,7 @@ class StudyFolder:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
                 raise InputError(
-                    f"--out {self.path}: another process (pid {holder}) is working on this study. "
+                    f"--out {self.path}: another process (pid {holder}) is working on this {work}. "
                     "Wait for it, or choose another --out."
                 ) from None
             lock.truncate(0)

@@ -7,29 +7,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rsauto.config import StudyConfig, differences
+from rsauto.config import StudyConfig
 from rsauto.data import fingerprint
 from rsauto.errors import InputError
-from rsauto.search.folder import StudyFolder
+from rsauto.search.folder import StudyFolder, changed_settings
 from rsauto.search.ledger import Ledger
 from rsauto.search.setup import Setup
 
 
-def claim(
-    ledger: Ledger,
-    config: StudyConfig,
-    fingerprints: dict[str, str],
-    memory_budget_bytes: int,
-    folder: StudyFolder,
-) -> None:
+def claim(ledger: Ledger, config: StudyConfig, setup: Setup, folder: StudyFolder) -> dict[str, str]:
     """Writes settings and fingerprints into a new ledger, and refuses one that has others.
+
+    ``config`` is the study's, ``setup`` this process's; returned are the fingerprints.
 
     The ledger itself says whose it is: a study folder can be lost, and one storage may serve many
     studies. Raises InputError that names the difference.
     """
     stored = ledger.attributes()
     if "config" in stored:
-        changed = differences(stored_config(stored["config"], f"name: {config.name}"), config)
+        changed = changed_settings(stored_config(stored["config"], f"name: {config.name}"), config)
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
             raise InputError(
@@ -41,19 +37,22 @@ def claim(
             f"name: the storage has a study {config.name!r} that rsauto did not make. "
             "Give this study another name."
         )
-    other = _changed(stored.get("fingerprints", fingerprints), fingerprints)
+    fingerprints = fingerprints_of(setup)
+    before = setup.source.in_todays_form(stored.get("fingerprints", fingerprints))
+    other = _changed(before, fingerprints)
     if other:
         raise InputError(
             f"--out {folder.path}: the {other} changed since this study was begun, so its trials "
             "cannot be compared with new ones. Choose another --out, or put the old files back."
         )
     ledger.set_attribute("fingerprints", fingerprints)
-    ledger.set_attribute("memory_budget_bytes", memory_budget_bytes)
+    ledger.set_attribute("memory_budget_bytes", setup.memory_budget_bytes)
     ledger.set_attribute("ended", None)
     place = {"path": str(folder.path.resolve()), "identity": folder.identity()}
     ledger.set_attribute("folder", place)
     # Last: with it the study is there for workers to join.
     ledger.set_attribute("config", config.model_dump(mode="json"))
+    return fingerprints
 
 
 def stored_config(stored: dict[str, Any], where: str) -> StudyConfig:
@@ -69,9 +68,10 @@ def stored_config(stored: dict[str, Any], where: str) -> StudyConfig:
         ) from None
 
 
-def require_equal_inputs(ledger: Ledger, fingerprints: dict[str, str], where: str) -> None:
+def require_equal_inputs(ledger: Ledger, setup: Setup, where: str) -> None:
     """Refuses to work on a study with another model or other data. Raises InputError."""
-    changed = _changed(ledger.attributes()["fingerprints"], fingerprints)
+    before = setup.source.in_todays_form(ledger.attributes()["fingerprints"])
+    changed = _changed(before, fingerprints_of(setup))
     if changed:
         raise InputError(
             f"{where}: the {changed} that this machine reads are not those that the study was "

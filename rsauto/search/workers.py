@@ -28,7 +28,7 @@ from rsauto.search.books import AdapterFolder, WorkersBooks
 from rsauto.search.driver import disk_errors
 from rsauto.search.events import Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
-from rsauto.search.identity import fingerprints_of, require_equal_inputs, stored_config
+from rsauto.search.identity import require_equal_inputs, stored_config
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
@@ -143,7 +143,7 @@ class WorkerRun:
         yield Stage("reading model and data")
         setup = self._set_up()
         yield Planned(setup)
-        require_equal_inputs(self.ledger, fingerprints_of(setup), self.joined.where)
+        require_equal_inputs(self.ledger, setup, self.joined.where)
         kept = "its adapters go to" if is_shared else "its adapters are not kept, for want of"
         yield Stage(f"{kept} the study's folder; loading the model")
         books = WorkersBooks(setup, self.folder, self.ledger, self.stop)
