@@ -17,6 +17,7 @@ from rsauto import study_file
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError
 from rsauto.records import ADALORA_METHODS, TrialRecord
+from rsauto.report.plausible import implausible
 
 COLUMNS: Mapping[str, str] = {
     "number": "Int64",
@@ -237,10 +238,18 @@ def feasible(trials: pd.DataFrame) -> pd.Series[bool]:
 
 def _record(line: str) -> TrialRecord:
     """A checked record. Raises ValueError that says what is wrong with the line."""
-    data = json.loads(line)
+    data = _parsed(line)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
     return checked_record(data)
+
+
+def _parsed(text: str) -> Any:
+    """Raises ValueError also for what is nested deeper than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def checked_record(data: dict[str, Any]) -> TrialRecord:
@@ -250,16 +259,28 @@ def checked_record(data: dict[str, Any]) -> TrialRecord:
         data["metrics"] = _without_null(data.get("metrics"))
         for point in data.get("curve") or ():
             point["metrics"] = _without_null(point.get("metrics"))
-        record = TrialRecord.from_json(data)
-        return _RECORD.validate_python(dataclasses.asdict(record))
+        record = _RECORD.validate_python(dataclasses.asdict(TrialRecord.from_json(data)))
+        problems = "; ".join(implausible(dataclasses.asdict(record)))
     except ValidationError as error:
         places = (
-            f"{'.'.join(map(str, e['loc']))} is {str(e['input'])[:60]!r}: {e['msg']}"
+            f"{'.'.join(map(str, e['loc']))} is {_start(e['input'])!r}: {e['msg']}"
             for e in error.errors()
         )
         raise ValueError("; ".join(places)) from None
     except (TypeError, AttributeError) as error:
         raise ValueError(str(error).replace("TrialRecord.__init__()", "it")) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if problems:
+        raise ValueError(problems)
+    return record
+
+
+def _start(value: Any) -> str:
+    try:
+        return str(value)[:60]
+    except ValueError:  # Python refuses to write very long numbers
+        return "a number of thousands of digits"
 
 
 def _without_null(metrics: Any) -> dict[str, Any]:
@@ -290,12 +311,18 @@ def _read_environment(path: Path) -> dict[str, Any]:
     """Every key is optional, so a study without the file only has less to show."""
     if not path.exists():
         return {}
+    text = _read_text(path)
     try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        data = _parsed(text)
+        if not isinstance(data, dict):
+            raise InputError(f"{path} must hold a JSON object")
+        problems = "; ".join(implausible(data))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object")
+    if problems:
+        raise InputError(f"{path}: {problems}")
     return data
 
 
