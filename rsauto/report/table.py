@@ -255,6 +255,7 @@ def _parsed(text: str) -> Any:
 def checked_record(data: dict[str, Any]) -> TrialRecord:
     """A record of JSON values. Raises ValueError that says which of them is wrong."""
     try:
+        _require_shapes(data)
         # A metric that was not finite is written as null; absent says the same.
         data["metrics"] = _without_null(data.get("metrics"))
         for point in data.get("curve") or ():
@@ -281,6 +282,15 @@ def _start(value: Any) -> str:
         return str(value)[:60]
     except ValueError:  # Python refuses to write very long numbers
         return "a number of thousands of digits"
+
+
+def _require_shapes(data: dict[str, Any]) -> None:
+    """Raises ValueError where a part is of another kind than it can be."""
+    for name, kind in (("metrics", dict), ("allocation", dict), ("curve", list)):
+        if not isinstance(data.get(name), (kind, type(None))):
+            raise ValueError(f"{name} is {_start(data[name])!r}, of another kind than it was")
+    if any(not isinstance(point, dict) for point in data.get("curve") or ()):
+        raise ValueError("curve has a point that is no JSON object")
 
 
 def _without_null(metrics: Any) -> dict[str, Any]:
