@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-
 MOST_SHOWN = 20
 """Problems in one message."""
 

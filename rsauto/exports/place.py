@@ -45,7 +45,7 @@ def require_free(place: Path, force: bool) -> None:
 def _is_export(place: Path) -> bool:
     try:
         found = json.loads((place / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and "to" in found
 

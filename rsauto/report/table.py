@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rsauto import study_file
 from rsauto.config import StudyConfig
+from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError
 from rsauto.records import ADALORA_METHODS, TrialRecord
 from rsauto.report.plausible import implausible
@@ -131,11 +132,12 @@ def load_study(folder: Path) -> Study:
     Raises InputError that names the file, and the line or setting, that cannot be read.
     """
     folder = Path(folder)
+    require_enclosed(folder)
     records = tuple(read_records(folder))
     return Study(
         folder=folder,
         config=study_file.load(folder / "study.yaml"),
-        environment=_read_environment(folder / "environment.json"),
+        environment=read_environment(folder / "environment.json"),
         records=records,
         trials=table(records),
     )
@@ -317,23 +319,32 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
-    """Every key is optional, so a study without the file only has less to show."""
+def read_environment(path: Path) -> dict[str, Any]:
+    """Every key is optional, so a study without the file only has less to show.
+
+    Raises InputError that names the file and what is wrong with it.
+    """
     if not path.exists():
         return {}
     text = _read_text(path)
     try:
         data = _parsed(text)
-        if not isinstance(data, dict):
-            raise InputError(f"{path} must hold a JSON object")
-        problems = "; ".join(implausible(data))
-    except InputError:
-        raise
+        problems = ["must hold a JSON object"] if not isinstance(data, dict) else []
+        problems = problems or [*implausible(data), *_no_objects(data)]
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if problems:
-        raise InputError(f"{path}: {problems}")
-    return data
+        raise InputError(f"{path} {'; '.join(problems)}")
+    found: dict[str, Any] = data
+    return found
+
+
+def _no_objects(data: dict[str, Any]) -> list[str]:
+    parts = {name: data.get(name) for name in ("baseline", "fingerprints", "packages")}
+    if isinstance(parts["baseline"], dict):
+        parts["baseline.metrics"] = parts["baseline"].get("metrics")
+    wrong = [name for name, part in parts.items() if not isinstance(part, (dict, type(None)))]
+    return [f"must have an object as {name}" for name in wrong]
 
 
 def _cell(value: Any) -> Any:
