@@ -12,6 +12,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -40,12 +41,26 @@ def parse_bytes(value: Any) -> Any:
     return int(num_bytes)
 
 
+LARGEST_INT = 2**63 - 1
+"""That tables, databases and tensors can hold."""
+
+
 class Part(BaseModel):
     """A section of the study file: unknown keys are errors, values cannot be changed later."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_held(cls, value: Any) -> Any:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and abs(item) > LARGEST_INT:
+                raise ValueError("must be a number of at most 18 digits")
+            if isinstance(item, str) and "\0" in item:
+                raise ValueError("must be text without a NUL character")
+        return value
 
 
 class PowerRange(Part):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from rsauto.choices import Part, Rates, as_tuple
 from rsauto.records import ADALORA_METHODS
@@ -166,7 +166,8 @@ class TrainingConfig(Part):
             raise ValueError("give exactly one of steps and epochs; null takes one back")
         micro = self.micro_batch_size
         if micro != "auto" and (micro < 1 or self.batch_size % micro):
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            tried = range(1, min(self.batch_size, 1024) + 1)
+            divisors = [d for d in tried if self.batch_size % d == 0]
             raise ValueError(
                 f"micro_batch_size must divide batch_size {self.batch_size}: one of {divisors}"
             )
@@ -262,7 +263,7 @@ class StudyConfig(Part):
     search: SearchConfig = SearchConfig()
     adalora: AdaLoraSettings = AdaLoraSettings()
     packing: PackingSettings = PackingSettings()
-    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    presets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     """Named sets of changes, chosen with --preset; each a partial study file."""
 
     @model_validator(mode="after")

@@ -14,6 +14,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST_SHOWN = 20
+"""Problems in one message."""
+
 
 class RsautoError(Exception):
     """Base of all errors that are the user's to read; the message stands on its own."""
@@ -30,7 +33,8 @@ class InputError(RsautoError, ValueError):
         self.problems: tuple[str, ...] = (
             (problems,) if isinstance(problems, str) else tuple(problems)
         )
-        super().__init__("\n".join(self.problems))
+        shown, more = self.problems[:MOST_SHOWN], len(self.problems) - MOST_SHOWN
+        super().__init__("\n".join([*shown, f"... and {more} more."] if more > 0 else shown))
 
 
 class BudgetError(RsautoError):

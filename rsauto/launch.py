@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from rsauto.errors import InputError
 from rsauto.stop import StopFlag
+from rsauto.storage_url import shown
 
 WITH_PARENT = "RSAUTO_WITH_PARENT"
 """Environment variable: the process a worker ends with."""
@@ -245,9 +246,10 @@ def _check_ray(storage: str | None) -> None:
     if find_spec("ray") is None:
         raise InputError("--launcher ray: Ray is missing. Run pip install 'rsauto[ray]'.")
     if storage is None or storage.startswith("sqlite"):
+        place = "the journal in the study folder" if storage is None else shown(storage)
         raise InputError(
             "--launcher ray: the workers need a storage that every node can reach, and "
-            f"{storage or 'the journal in the study folder'} is a file of this machine. Give "
+            f"{place} is a file of this machine. Give "
             "--storage with a PostgreSQL or MySQL URL."
         )
 

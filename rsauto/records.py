@@ -317,11 +317,16 @@ class TrialRecord:
         return cls(**kept)
 
 
+_LOSSES = {"train_loss", "eval_loss", "grad_norm"}
+
+
 def _eval_point(data: dict[str, Any]) -> EvalPoint:
     """A curve point; a loss written as null was not finite."""
-    losses = {"train_loss", "eval_loss", "grad_norm"}
+    known = {f.name for f in dataclasses.fields(EvalPoint)}
     values: dict[str, Any] = {
-        key: math.nan if key in losses and value is None else value for key, value in data.items()
+        key: math.nan if key in _LOSSES and value is None else value
+        for key, value in data.items()
+        if key in known
     }
     return EvalPoint(**values)
 

@@ -17,11 +17,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rsauto.choices import LARGEST_INT
 from rsauto.config import StudyConfig
 from rsauto.errors import InputError, nearest
 
 STUDY_FILE = Path(__file__).parent / "embedded" / "study.yaml"
 """The study that runs when none is named."""
+
+MOST_BYTES = 2**17
+"""Of a study file. Longer ones are no study files, and take YAML minutes to read."""
+
+MOST_VALUES = 20_000
+"""Of a study file, each alias counted with all that it stands for."""
 
 Path_ = tuple[str | int, ...]
 """Where a value stands: keys and positions in lists."""
@@ -101,7 +108,7 @@ def dump(config: StudyConfig) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Any], Places]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except FileNotFoundError:
         there = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such study file.{nearest(path.name, there)}") from None
@@ -111,16 +118,23 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not a text file in UTF-8.") from None
+    except InputError:
+        raise
+    except ValueError as error:  # such as a NUL in the path
+        raise InputError(f"{str(path)!r}: cannot be read: {error}.") from None
     places: Places = {}
     repeated: list[str] = []
     try:
-        raw = yaml.safe_load(text)
+        # First: what a few aliases of aliases stand for could not be built.
         _find_places(yaml.compose(text, Loader=yaml.SafeLoader), (), str(path), places, repeated)
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error)
         raise InputError(f"{where}: not valid YAML: {reason}.") from None
+    except InputError:
+        raise
     except ValueError as error:  # such as the date 2024-13-45
         raise InputError(f"{path}: not valid YAML: {error}.") from None
     except RecursionError:
@@ -134,13 +148,23 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
     return raw, places
 
 
+def _text(path: Path) -> str:
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path}: is longer than {MOST_BYTES} bytes, so it is no study file.")
+    return data.decode("utf-8")
+
+
 def _find_places(
     node: yaml.Node | None, path: Path_, file: str, places: Places, repeated: list[str]
 ) -> None:
     """Line of every key, counted from 1; a key given twice would silently lose its first value."""
+    if len(places) + len(repeated) > MOST_VALUES:
+        raise InputError(f"{file}: has more than {MOST_VALUES} values, so it is no study file.")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, str(key.value))
+            here = (*path, key.value if isinstance(key, yaml.ScalarNode) else "?")
             line = f"{file}:{key.start_mark.line + 1}"
             if here in places:
                 repeated.append(f"{line}: {_dotted(here)}: given twice.")
@@ -174,7 +198,7 @@ def _parse_set(assignment: str) -> dict[str, Any]:
         raise InputError(f"--set {assignment}: must look like section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     nested: Any = value
     for part in reversed(parts):
@@ -268,6 +292,8 @@ def _known_keys(path: Sequence[str | int]) -> list[str]:
 def _reason(kind: str, message: str, path: Path_) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         known = _known_keys(path[:-1])
+        if not path:  # a key such as 1, null or a date
+            return f"keys must be text. Allowed here: {', '.join(known)}"
         hint = nearest(str(path[-1]), known)
         return f"unknown key.{hint or ' Allowed here: ' + ', '.join(known)}"
     if kind in _WORDS:
@@ -290,7 +316,10 @@ def _got(reasons: Sequence[tuple[str, str]], value: Any) -> str:
         return ""
     if value is None:
         return " (got nothing)"
-    return f" (got {value!r})" if isinstance(value, str) else f" (got {value})"
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        return ""  # Python refuses to write very long ones
+    text = repr(value) if isinstance(value, str) else str(value)
+    return f" (got {text if len(text) <= 200 else text[:197] + '...'})"
 
 
 def _place(path: Path_, reasons: Sequence[tuple[str, str]], source: str, places: Places) -> str:

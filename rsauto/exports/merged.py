@@ -55,7 +55,7 @@ def write_merged(
 def _configuration(chosen: Chosen) -> PretrainedConfig:
     """The base model's own, with the dropout and the cache that training turned off."""
     config: PretrainedConfig = AutoConfig.from_pretrained(
-        chosen.location, revision=chosen.source.commit
+        chosen.location, revision=chosen.source.commit, trust_remote_code=False
     )
     if chosen.data.label_names is not None:
         for name in _OF_CLASSES:
@@ -68,6 +68,10 @@ def _configuration(chosen: Chosen) -> PretrainedConfig:
 def merged_logits(chosen: Chosen, folder: Path, device: torch.device) -> Tensor:
     """Of the model as transformers loads it from the files."""
     model: PreTrainedModel = auto_class(chosen.source.task).from_pretrained(
-        folder, dtype="auto", attn_implementation=chosen.source.attn_implementation
+        folder,
+        dtype="auto",
+        attn_implementation=chosen.source.attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return logits_of(model.to(device), chosen.data, device)  # type: ignore[arg-type]

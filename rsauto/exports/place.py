@@ -60,7 +60,7 @@ def _written(place: Path) -> frozenset[str]:
     try:
         found = json.loads((place / MARK).read_text(encoding="utf-8"))
         return frozenset({MARK, *found["files"]}) if "to" in found else frozenset()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
 
 

@@ -47,7 +47,9 @@ def comment(recipe: Recipe, command: str, notes: Sequence[str]) -> str:
         "section anew.",
         *(f"Differs from the study: {note}" for note in notes),
     ]
-    lines = [line for text in paragraphs for line in textwrap.wrap(text, 95)]
+    # A line break of YAML or Python would end the comment, and there are rarer ones than \n.
+    plain = [" ".join(text.split()) for text in paragraphs]
+    lines = [line for text in plain for line in textwrap.wrap(text, 95)]
     return "".join(f"# {line}\n" for line in lines)
 
 
@@ -73,7 +75,9 @@ def trainer_notes(recipe: Recipe) -> list[str]:
 
 
 def _base_dropout(recipe: Recipe) -> dict[str, float]:
-    config = AutoConfig.from_pretrained(recipe.model, revision=recipe.commit)
+    config = AutoConfig.from_pretrained(
+        recipe.model, revision=recipe.commit, trust_remote_code=False
+    )
     return {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v > 0}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from rsauto.adapters.export import Folded, lora_tensors, padded_factors, write_adapter
 from rsauto.adapters.stock_adalora import stock_config
 from rsauto.errors import InputError
+from rsauto.exports.adapter_config import require_plain_lora
 from rsauto.exports.chosen import Chosen, card_names_trial
 from rsauto.records import ADALORA_METHODS
 
@@ -93,19 +94,29 @@ def _steps(record: dict[str, Any]) -> int:
 def _trained_record(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def _read(folder: Path, record: dict[str, Any] | None) -> Saved:
     try:
+        require_plain_lora(folder / "adapter_config.json")
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise InputError(
             f"{folder}: the adapter cannot be read: {error}. Train the trial again: rsauto train."
         ) from None
+    halves = {key.removesuffix(half) for half in (_A, _B) for key in tensors if key.endswith(half)}
+    torn = [name for name in halves if not {name + _A, name + _B} <= tensors.keys()]
+    if torn or not halves:
+        raise InputError(
+            f"{folder}: the adapter has not both factors of every module. Train the trial again: "
+            "rsauto train."
+        )
     names = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
     factors = {
         name.removeprefix(_PREFIX): (

@@ -86,7 +86,7 @@ class OutFolder:
     def begun(self) -> dict[str, Any] | None:
         """What `begin` wrote, None where nothing was begun. Raises InputError for another file."""
         found = self._read(self.training_file)
-        if found is not None and not {"study", "trial", "spec", "fingerprints", "id"} <= set(found):
+        if found is not None and not _is_begun(found):
             raise InputError(
                 f"{self.training_file}: is not what rsauto train wrote. Choose another --out."
             )
@@ -135,11 +135,11 @@ class OutFolder:
         if not self.curve_file.exists():
             return
         kept = []
-        for line in self.curve_file.read_text(encoding="utf-8").splitlines():
+        for line in self.curve_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] > step:
                     break
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break  # cut off in the middle
             kept.append(line + "\n")
         write_text(self.curve_file, "".join(kept))
@@ -164,11 +164,22 @@ class OutFolder:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read ({error}). Choose another --out.") from None
         if not isinstance(found, dict):
             raise InputError(f"{path}: is not what rsauto train wrote. Choose another --out.")
         return found
+
+
+def _is_begun(found: Mapping[str, Any]) -> bool:
+    """Whether this is what `OutFolder.begin` writes, in this version."""
+    if not {"study", "trial", "spec", "fingerprints", "id"} <= set(found):
+        return False
+    try:
+        TrialSpec.from_json(found["spec"])
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(found["fingerprints"], dict)
 
 
 def _as_json(spec: TrialSpec) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from rsauto import study_file
 from rsauto.config import StudyConfig
+from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError
 from rsauto.records import ADALORA_METHODS, TrialRecord
+from rsauto.report.plausible import implausible
 
 COLUMNS: Mapping[str, str] = {
     "number": "Int64",
@@ -130,11 +132,12 @@ def load_study(folder: Path) -> Study:
     Raises InputError that names the file, and the line or setting, that cannot be read.
     """
     folder = Path(folder)
+    require_enclosed(folder)
     records = tuple(read_records(folder))
     return Study(
         folder=folder,
         config=study_file.load(folder / "study.yaml"),
-        environment=_read_environment(folder / "environment.json"),
+        environment=read_environment(folder / "environment.json"),
         records=records,
         trials=table(records),
     )
@@ -237,29 +240,59 @@ def feasible(trials: pd.DataFrame) -> pd.Series[bool]:
 
 def _record(line: str) -> TrialRecord:
     """A checked record. Raises ValueError that says what is wrong with the line."""
-    data = json.loads(line)
+    data = _parsed(line)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
     return checked_record(data)
 
 
+def _parsed(text: str) -> Any:
+    """Raises ValueError also for what is nested deeper than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def checked_record(data: dict[str, Any]) -> TrialRecord:
     """A record of JSON values. Raises ValueError that says which of them is wrong."""
     try:
+        _require_shapes(data)
         # A metric that was not finite is written as null; absent says the same.
         data["metrics"] = _without_null(data.get("metrics"))
         for point in data.get("curve") or ():
             point["metrics"] = _without_null(point.get("metrics"))
-        record = TrialRecord.from_json(data)
-        return _RECORD.validate_python(dataclasses.asdict(record))
+        record = _RECORD.validate_python(dataclasses.asdict(TrialRecord.from_json(data)))
+        problems = "; ".join(implausible(dataclasses.asdict(record)))
     except ValidationError as error:
         places = (
-            f"{'.'.join(map(str, e['loc']))} is {str(e['input'])[:60]!r}: {e['msg']}"
+            f"{'.'.join(map(str, e['loc']))} is {_start(e['input'])!r}: {e['msg']}"
             for e in error.errors()
         )
         raise ValueError("; ".join(places)) from None
     except (TypeError, AttributeError) as error:
         raise ValueError(str(error).replace("TrialRecord.__init__()", "it")) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if problems:
+        raise ValueError(problems)
+    return record
+
+
+def _start(value: Any) -> str:
+    try:
+        return str(value)[:60]
+    except ValueError:  # Python refuses to write very long numbers
+        return "a number of thousands of digits"
+
+
+def _require_shapes(data: dict[str, Any]) -> None:
+    """Raises ValueError where a part is of another kind than it can be."""
+    for name, kind in (("metrics", dict), ("allocation", dict), ("curve", list)):
+        if not isinstance(data.get(name), (kind, type(None))):
+            raise ValueError(f"{name} is {_start(data[name])!r}, of another kind than it was")
+    if any(not isinstance(point, dict) for point in data.get("curve") or ()):
+        raise ValueError("curve has a point that is no JSON object")
 
 
 def _without_null(metrics: Any) -> dict[str, Any]:
@@ -286,17 +319,32 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
-    """Every key is optional, so a study without the file only has less to show."""
+def read_environment(path: Path) -> dict[str, Any]:
+    """Every key is optional, so a study without the file only has less to show.
+
+    Raises InputError that names the file and what is wrong with it.
+    """
     if not path.exists():
         return {}
+    text = _read_text(path)
     try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        data = _parsed(text)
+        problems = ["must hold a JSON object"] if not isinstance(data, dict) else []
+        problems = problems or [*implausible(data), *_no_objects(data)]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return data
+    if problems:
+        raise InputError(f"{path} {'; '.join(problems)}")
+    found: dict[str, Any] = data
+    return found
+
+
+def _no_objects(data: dict[str, Any]) -> list[str]:
+    parts = {name: data.get(name) for name in ("baseline", "fingerprints", "packages")}
+    if isinstance(parts["baseline"], dict):
+        parts["baseline.metrics"] = parts["baseline"].get("metrics")
+    wrong = [name for name, part in parts.items() if not isinstance(part, (dict, type(None)))]
+    return [f"must have an object as {name}" for name in wrong]
 
 
 def _cell(value: Any) -> Any:

@@ -15,8 +15,10 @@ from typing import Any
 from rsauto import study_file
 from rsauto.atomic import write_text
 from rsauto.config import StudyConfig, differences
+from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord, dump_line
+from rsauto.report.table import read_environment
 
 
 def changed_settings(old: StudyConfig, new: StudyConfig) -> list[str]:
@@ -94,6 +96,7 @@ class StudyFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be made: {error.strerror}.") from None
+        require_enclosed(self.path)
 
     def write_config(self, config: StudyConfig) -> None:
         write_text(self.config_file, study_file.dump(config))
@@ -104,20 +107,11 @@ class StudyFolder:
     def read_environment(self) -> dict[str, Any]:
         """What an earlier run wrote, or nothing."""
         try:
-            found = json.loads(self.environment_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
+            return read_environment(self.environment_file)
+        except InputError as error:
             raise InputError(
-                f"{self.environment_file}: cannot be read ({error}). Remove the file; it is "
-                "written anew when the study continues."
+                f"{error}. Remove the file; it is written anew when the study continues."
             ) from None
-        if not isinstance(found, dict):
-            raise InputError(
-                f"{self.environment_file}: is not what a study wrote. Remove the file; it is "
-                "written anew when the study continues."
-            )
-        return found
 
     def write_records(self, records: Iterable[TrialRecord]) -> None:
         records = list(records)

@@ -18,10 +18,10 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from rsauto.errors import InputError, StudyInterrupted
+from rsauto.storage_url import shown, without_secrets
 
 T = TypeVar("T")
 
@@ -52,8 +52,10 @@ def open_storage(
         ) from None
     except InputError:
         raise
-    except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+    except (
+        SQLAlchemyError, StorageInternalError, ImportError, ValueError, TypeError, OSError
+    ) as error:  # fmt: skip
+        reason = without_secrets(str(error.__cause__ or error), url or "").strip().split("\n")[0]
         raise InputError(
             f"--storage {shown(url) if url else journal}: the study storage cannot be opened: "
             f"{reason}. Give a database URL such as postgresql://user@host/name or "
@@ -88,14 +90,6 @@ def driver_url(url: str) -> str:
     raise InputError(
         f"--storage {shown(url)}: PostgreSQL needs a driver. Run pip install 'rsauto[postgres]'."
     )
-
-
-def shown(url: str) -> str:
-    """The URL without its password."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        return url
 
 
 def patiently(call: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:

@@ -21,6 +21,7 @@ from optuna.storages import BaseStorage
 
 from rsauto.base import pick_device
 from rsauto.config import StudyConfig
+from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError, nearest
 from rsauto.search.agenda import num_settled
 from rsauto.search.bench import load_bench, with_baseline
@@ -32,9 +33,10 @@ from rsauto.search.identity import require_equal_inputs, stored_config
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
-from rsauto.search.storage import JournalUsers, open_storage, patiently, shown
+from rsauto.search.storage import JournalUsers, open_storage, patiently
 from rsauto.search.work import Work
 from rsauto.stop import StopFlag
+from rsauto.storage_url import shown
 from rsauto.units import bytes_text
 
 
@@ -69,6 +71,7 @@ def join_study(target: str, name: str | None = None) -> Joined:
             f"{target}: is no study folder with a journal. Give a folder such as runs/embedded, "
             "or, where the study's storage is a database, its URL and --study NAME."
         )
+    require_enclosed(folder.path)
     users = JournalUsers(folder.journal_file)
     users.join()
     storage = open_storage(None, folder.journal_file)
@@ -201,6 +204,7 @@ def _adapter_folder(ledger: Ledger) -> AbstractContextManager[tuple[AdapterFolde
     place = ledger.attributes().get("folder", {})
     folder = AdapterFolder(Path(place.get("path", "")))
     if place and folder.is_the_one(place["identity"]):
+        require_enclosed(folder.path)
         return nullcontext((folder, True))
     return _Scratch()
 

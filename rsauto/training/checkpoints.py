@@ -197,7 +197,9 @@ def read_checkpoint(path: Path) -> Snapshot:
             moments=load_file(path / _MOMENTS),
             plain_moments=values["plain_moments"],
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
