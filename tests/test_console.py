@@ -164,7 +164,7 @@ def test_what_was_never_started_settles_too(display: Display, record_of: RecordO
 def test_where_nobody_watches_only_settled_trials_are_told(record_of: RecordOf) -> None:
     out = io.StringIO()
     display = Display(StudyConfig(), Console(width=120, file=out))
-    with display.shown():
+    with display.in_flight.shown():
         for event in (
             Searching(0, 0), started(1), started(2), stepped(2, 1), stepped(1, 1),
             TrialSettled(record_of(spec(2), 2), 1), TrialSettled(record_of(spec(1), 1), 2),
@@ -176,7 +176,7 @@ def test_where_nobody_watches_only_settled_trials_are_told(record_of: RecordOf) 
 def test_a_live_terminal_draws_the_panel_and_clears_it(
     display: Display, record_of: RecordOf
 ) -> None:
-    with display.shown() as live:
+    with display.in_flight.shown() as live:
         display.handle(started(1))
         display.handle(started(2))
         live.refresh()  # type: ignore[attr-defined]
