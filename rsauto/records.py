@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, Self, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound="LogPoint | ActivationMoments")
 
 Outcome = Literal["complete", "pruned", "infeasible", "oom", "diverged", "failed"]
 Method = Literal["lora", "rslora", "adalora", "rsadalora"]
@@ -333,7 +333,11 @@ def _eval_point(data: dict[str, Any]) -> EvalPoint:
 
 def _numbers(kind: type[T], data: dict[str, Any]) -> T:
     """A record of numbers; one written as null was not finite."""
-    return kind(**{key: math.nan if value is None else value for key, value in data.items()})
+    known = {f.name for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {
+        key: math.nan if value is None else value for key, value in data.items()
+    }
+    return kind(**{key: value for key, value in values.items() if key in known})
 
 
 def _finite(value: Any) -> Any:

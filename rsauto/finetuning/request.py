@@ -155,7 +155,7 @@ def full_length(record: TrialRecord) -> int | None:
 
 _LEFT_TO_TRAINING = {
     "micro_batch_size", "product_order", "retry_of", "cohort", "cohort_size", "rank_pattern",
-    "steps",
+    "steps", "logging_steps", "activation_moments",
 }  # fmt: skip
 
 

@@ -173,6 +173,8 @@ _FORMULA = tuple("=+-@\t\r\n\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}"
 
 
 def _inert(text: str) -> str:
+    # pandas puts no quotes around a lone carriage return, which readers take for the end of a row.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 

@@ -288,11 +288,13 @@ def _start(value: Any) -> str:
 
 def _require_shapes(data: dict[str, Any]) -> None:
     """Raises ValueError where a part is of another kind than it can be."""
-    for name, kind in (("metrics", dict), ("allocation", dict), ("curve", list)):
+    lists = ("curve", "log", "activation_moments")
+    for name, kind in (("metrics", dict), ("allocation", dict), *((name, list) for name in lists)):
         if not isinstance(data.get(name), (kind, type(None))):
             raise ValueError(f"{name} is {_start(data[name])!r}, of another kind than it was")
-    if any(not isinstance(point, dict) for point in data.get("curve") or ()):
-        raise ValueError("curve has a point that is no JSON object")
+    for name in lists:
+        if any(not isinstance(point, dict) for point in data.get(name) or ()):
+            raise ValueError(f"{name} has a point that is no JSON object")
 
 
 def _without_null(metrics: Any) -> dict[str, Any]:
