@@ -7,11 +7,12 @@ what people write.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from rsauto.choices import Part, Rates, as_tuple
+from rsauto.choices import Part, RateRange, Rates, as_tuple
 from rsauto.records import ADALORA_METHODS
 from rsauto.strategies import MINIMISED as MINIMISED
 from rsauto.strategies import SearchConfig as SearchConfig
@@ -284,6 +285,36 @@ class StudyConfig(Part):
                 "rsadalora out of search.method"
             )
         return self
+
+    @model_validator(mode="after")
+    def _whole_grid(self) -> Self:
+        """A grid of which every point is repeated is one answer: a part of it is none."""
+        search = self.search
+        if search.repeat == "finalists" or isinstance(search.learning_rate, RateRange):
+            return self
+        num_rates = len(search.learning_rate)
+        of_each = num_rates * search.seeds
+        if search.repeat == "tuned":
+            of_each = num_rates + search.seeds - 1
+        needed = self.num_combinations * of_each
+        if search.trials < needed:
+            raise ValueError(
+                f"search.trials is {search.trials}, and the grid with its seeds needs {needed} "
+                f"({self.num_combinations} combinations, {num_rates} learning rates, "
+                f"{search.seeds} seeds, repeat {search.repeat}); give search.trials: {needed}"
+            )
+        return self
+
+    @property
+    def num_combinations(self) -> int:
+        """Points of the grid at one learning rate."""
+        search = self.search
+        ratios = {method: len(self.adalora.lambda_lr_ratio) for method in ADALORA_METHODS}
+        axes = (
+            search.ranks, search.alphas, search.lr_ratio, self.target_choices(),
+            search.scaling_exponent or (None,), search.init_exponent,
+        )  # fmt: skip
+        return math.prod(map(len, axes)) * sum(ratios.get(m, 1) for m in search.method)
 
     def target_choices(self) -> tuple[str | tuple[str, ...], ...]:
         """The choices of layers that trials may use."""

@@ -109,6 +109,11 @@ class SearchConfig(Part):
         for name in (name for name in _EXPONENTS if getattr(self, name) != own[name]):
             if set(self.method) & set(ADALORA_METHODS):
                 raise ValueError(f"{name} is for the methods lora and rslora only")
+            if self.strategy in ("transfer", "cost"):
+                raise ValueError(
+                    f"{name} is for the strategies grid, random, tpe and gp: {self.strategy} moves "
+                    "learning rates by the laws of lora and rslora"
+                )
             if isinstance(self.learning_rate, RateRange):
                 raise ValueError(f"{name} needs learning_rate as a list, such as [1e-4, 3e-4]")
 

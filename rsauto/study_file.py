@@ -76,7 +76,7 @@ def load(
     path = STUDY_FILE if path is None else path
     raw, places = _read(path)
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:80] or "study")
-    for name in [] if preset is None else preset.split(","):
+    for name in [] if preset is None else map(str.strip, preset.split(",")):
         _merge(raw, _preset(raw, name), places, f"{path}: preset {name}")
     for assignment in sets:
         _merge(raw, _parse_set(assignment), places, f"--set {assignment}")

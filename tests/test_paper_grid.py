@@ -103,6 +103,12 @@ def test_powers_of_r_are_points_of_the_grid() -> None:
             "scaling_exponent needs learning_rate as a list",
         ),
         ({"scaling_exponent": [-1, -1]}, "scaling_exponent lists a value twice"),
+        (
+            {"strategy": "transfer", "repeat": "finalists", "scaling_exponent": -1},
+            "scaling_exponent is for the strategies grid, random, tpe and gp",
+        ),
+        ({"trials": 15}, "search.trials is 15, and the grid with its seeds needs 16"),
+        ({"trials": 11, "repeat": "tuned"}, "needs 12"),
         ({"scaling_exponent": 9}, "less than or equal to 4"),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 STUDIES = sorted(
     path.stem for path in (ROOT / "studies").glob("*.yaml") if "# Paper:" in path.read_text()
 )
-VERDICTS = {"reproduced", "partly", "not reproduced", "answered"}
+VERDICTS = {"reproduced", "partly", "not reproduced", "answered", "open"}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,29 @@ def test_what_rank_buys_decides_the_sweep(
     assert papers.ENTRIES["rank-sweep"].read({"": made}).verdict == verdict
 
 
+def test_a_single_seed_decides_nothing(papers: Any, reports: Path) -> None:
+    study = papers.arms_of("rank-sweep", reports)[""]
+    made = planted(study, lambda r: 4 - 0.2 * r.rank * (r.method == "rslora"), seeds=1)
+    assert papers.ENTRIES["rank-sweep"].read({"": made}).verdict == "open"
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_a_trial_that_diverged_is_no_success(
+    papers: Any, reports: Path, seeds: tuple[int, ...]
+) -> None:
+    study = papers.arms_of("rank-sweep", reports)[""]
+    made = planted(study, lambda r: 4 - 0.02 * r.rank * (r.method == "rslora"))
+    lost = [
+        replace(r, outcome="diverged", eval_loss=None)
+        if (r.method, r.rank) == ("rslora", 32) and r.seed in seeds
+        else r
+        for r in made.records
+    ]
+    reading = papers.ENTRIES["rank-sweep"].read({"": replace(made, records=tuple(lost))})
+    assert reading.verdict == "not reproduced"
+    assert "diverged" in reading.measured
+
+
 @pytest.mark.parametrize(("gain", "says"), [(0.3, "is left"), (0.0, "no advantage")])
 def test_the_fair_comparison_leaves_out_the_seed_that_chose_the_rates(
     papers: Any, reports: Path, gain: float, says: str
@@ -139,7 +162,7 @@ def test_the_fair_comparison_leaves_out_the_seed_that_chose_the_rates(
 
 @pytest.mark.parametrize(
     ("at_low", "at_high", "verdict"),
-    [(0.3, 0.3, "reproduced"), (0.0, 0.0, "not reproduced")],
+    [(0.3, 0.3, "reproduced"), (0.3, 0.0, "not reproduced"), (0.0, 0.0, "not reproduced")],
 )
 def test_the_conjecture_can_fall_both_ways(
     papers: Any, reports: Path, at_low: float, at_high: float, verdict: str

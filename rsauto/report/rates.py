@@ -94,7 +94,7 @@ def rate_findings(records: Sequence[TrialRecord]) -> tuple[RateFinding, ...]:
     for method, rule in LAWFUL:
         ours = [r for r in records if r.role == "search" and r.method == method]
         kinds = {(r.optimizer, r.scaling_exponent) for r in ours}
-        if len(kinds) != 1:
+        if len(kinds) != 1 or any(r.init_scale is not None for r in ours):
             continue
         name, exponent = kinds.pop()
         optimizer: OptimizerName | None = _lawful(name)

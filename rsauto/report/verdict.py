@@ -114,7 +114,10 @@ def judge(
     trials = _with_objective(table(records), asked.objective)
     rows = configurations(runs := full_runs(trials, asked.objective))
     noise = seed_noise(trials, asked.objective)
-    min_seeds = _most_seeds(rows[fits(rows, asked.budget)], "search", asked.seeds)
+    searched = rows[fits(rows, asked.budget)]
+    min_seeds = _most_seeds(searched, "search", asked.seeds)
+    if config.search.repeat != "finalists":
+        min_seeds = min(min_seeds, _seeds_of_all(searched))
     candidates = _candidates(rows, asked, min_seeds, noise)
     by_number = {record.number: record for record in records}
     standings = _standings(rows, by_number, asked, candidates, noise)
@@ -281,6 +284,16 @@ def _most_seeds(rows: pd.DataFrame, role: str, seeds: int) -> int:
     """
     repeats = rows.loc[_has_role(rows, role), "num_seeds"]
     return min(seeds, max([1, *map(int, repeats)]))
+
+
+def _seeds_of_all(rows: pd.DataFrame) -> int:
+    """Seeds on which every method and rank has a configuration, where all are to be repeated.
+
+    Those that an interrupted study has repeated so far are no better for that.
+    """
+    kinds = ["method", "rank", "scaling_exponent", "init_scale"]
+    found = rows.groupby(kinds, dropna=False)["num_seeds"].max()
+    return max(1, int(found.min())) if len(found) else 1
 
 
 def _has_role(rows: pd.DataFrame, role: str) -> pd.Series[bool]:

@@ -47,6 +47,10 @@ def settings_text(record: TrialRecord) -> str:
         inside.append(f"lr_ratio {record.lr_ratio:g}")
     if record.lambda_lr_ratio is not None:
         inside.append(f"lambda_lr_ratio {record.lambda_lr_ratio:g}")
+    if record.scaling_exponent is not None:
+        inside.append(f"gamma alpha r^{record.scaling_exponent:g}")
+    if record.init_scale is not None:
+        inside.append(f"A drawn {record.init_scale:.3g} times as wide")
     inside.append(_method(record))
     mean = "" if record.rank_pattern is None else " on average"
     return f"rank {record.rank}{mean} ({', '.join(inside)})"
@@ -59,6 +63,8 @@ def needs_room(record: TrialRecord) -> bool:
 
 def _method(record: TrialRecord) -> str:
     name = method_text(record.method)
+    if record.scaling_exponent is not None:
+        return "LoRA"  # its scaling is neither rule's
     if is_refit(record):
         return f"{name} with the ranks that AdaLoRA found"
     return name if record.init_rank is None else f"{name} from rank {record.init_rank}"
@@ -183,7 +189,7 @@ def _seeds(num_seeds: int) -> str:
 def _gain(verdict: Verdict, chosen: Standing) -> str:
     tuned = verdict.standings.get("default_tuned")
     if tuned is None:
-        return "No run of the tuned default finished, so there is no gain to state."
+        return "No run of the tuned default finished, or the study has none, so there is no gain to state."
     gain = verdict.gain
     if gain is None:
         is_best = verdict.best is not None and verdict.best.number == chosen.record.number

@@ -210,16 +210,9 @@ def _num_finals(config: StudyConfig) -> int:
 
 def _most_finalists(config: StudyConfig) -> int:
     """One for every combination of what is searched beside the learning rate, or a few in all."""
-    search = config.search
-    if search.repeat != "tuned":
+    if config.search.repeat != "tuned":
         return MAX_FINALISTS
-    ratios = {m: len(config.adalora.lambda_lr_ratio) for m in ADALORA_METHODS}
-    others = (
-        search.ranks, search.alphas, search.lr_ratio, config.target_choices(),
-        search.scaling_exponent or (None,), search.init_exponent,
-    )  # fmt: skip
-    num_tuned = math.prod(map(len, others)) * sum(ratios.get(m, 1) for m in search.method)
-    return num_tuned + search.baseline
+    return config.num_combinations + config.search.baseline
 
 
 def extra_seeds(search: SearchConfig) -> int:

@@ -59,15 +59,13 @@ def activation_moments(
     pad_token_id: int,
     device: torch.device,
 ) -> ActivationMoments:
-    """Runs ``examples`` forward and backward once, with nothing accumulated.
+    """Runs ``examples`` forward and backward once; no gradient must be there, and none is left.
 
-    ``adapted`` has LoRA layers, no AdaLoRA ones.
+    ``adapted`` has LoRA layers, no AdaLoRA ones. It is run as it trains: in that mode gradient
+    checkpointing is at work, and dropout is off in a study.
     """
     layers = [layer for layer in lora_layers(adapted) if isinstance(layer, nn.Module)]
-    factors = [layer.lora_B[ADAPTER_NAME].get_parameter("weight") for layer in layers]
     sums = [_Sums() for _ in layers]
-    was_training = adapted.training
-    adapted.eval()
     batches = [collate(rows, pad_token_id) for rows in evaluation_batches(examples, batch_size)]
     num_targets = sum(count_targets(batch.labels) for batch in batches)
     for batch in (batch.to(device) for batch in batches):
@@ -78,9 +76,9 @@ def activation_moments(
                 hooks.callback(layer.register_forward_hook(hook).remove)
             logits = adapted(**batch.inputs()).logits
             loss = summed_cross_entropy(logits, batch.labels)
-            # Asked for as a value: nothing is added to any parameter's gradient.
-            torch.autograd.grad(token_mean(loss, num_targets), factors)
-    adapted.train(was_training)
+            # Not `torch.autograd.grad`, which checkpointing of the older kind refuses.
+            token_mean(loss, num_targets).backward()
+    adapted.zero_grad(set_to_none=True)
     names = {"output_mean": "y", "output_second": "yy", "adapter_second": "adapter",
              "adapter_grad_second": "adapter_grad"}  # fmt: skip
     return ActivationMoments(
@@ -115,4 +113,5 @@ def _watch(
     sums.add("y", y)
     sums.add("yy", y.square())
     sums.add("adapter", (x @ a.T @ b.T * gamma).square())
-    output.register_hook(backward)
+    if output.requires_grad:  # not in a checkpoint's first pass of the older kind
+        output.register_hook(backward)

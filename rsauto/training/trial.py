@@ -192,17 +192,17 @@ class Trial:
             self._allocator.update_and_allocate(step, self._optimizer)
 
     def _measure_moments(self, step: int) -> None:
-        """On the first of the validation rows, as many as a step trains on."""
+        """On the first of the validation rows, as many as a step trains on, one at a time: their
+        backward pass then needs no more than that of a step."""
         if not self.spec.activation_moments:
             return
         assert self._adapted is not None
-        assert self.spec.micro_batch_size is not None
         data = self.bench.data
         found = activation_moments(
             self._adapted,
             data.validation[: self.spec.batch_size],
             step=step,
-            batch_size=self.spec.micro_batch_size,
+            batch_size=1,
             pad_token_id=data.pad_token_id,
             device=self.bench.device,
         )

@@ -33,20 +33,21 @@ def inference_cost(arms: Arms) -> Reading:
     device = pick_device()
     base: Any = load_weights(open_base(study.config.model), study.config.model, device).model
     ids = torch.randint(base.config.vocab_size, (ROWS, TOKENS), device=device)
-    models: dict[str, nn.Module] = {"base": base}
     files = {"base": _file_bytes(base)}
     adapters: dict[str, int] = {"base": 0}
+    seconds = {"base": _latencies({"base": _pass_of(base, ids)})["base"]}
+    peaks = {"base": _peak_bytes(base, ids, device)}
+    ratios = {"base": 1.0}
     for record in sorted(study.records, key=lambda r: r.rank):
-        own = _with_adapter(copy.deepcopy(base), record)
+        # Never more than two models on the device, each timed in turn with the base.
         name = f"rank {record.rank}"
-        adapters[name] = sum(
-            p.numel() * p.element_size() for p in own.parameters() if p.requires_grad
-        )
-        models[f"{name}, unmerged"] = own
-        merged: Any = copy.deepcopy(own).merge_and_unload()
-        models[name], files[name] = merged, _file_bytes(merged)
-    seconds = _latencies({name: _pass_of(model, ids) for name, model in models.items()})
-    peaks = {name: _peak_bytes(model, ids, device) for name, model in models.items()}
+        own = _with_adapter(copy.deepcopy(base), record)
+        trained = [p for p in own.parameters() if p.requires_grad]
+        adapters[name] = sum(p.numel() * p.element_size() for p in trained)
+        seconds[f"{name}, unmerged"], _ = _beside(base, own, ids)
+        merged: Any = own.merge_and_unload()
+        files[name], peaks[name] = _file_bytes(merged), _peak_bytes(merged, ids, device)
+        seconds[name], ratios[name] = _beside(base, merged, ids)
     rows = [
         [
             name,
@@ -59,7 +60,7 @@ def inference_cost(arms: Arms) -> Reading:
         for name in files
     ]
     ranks = [name for name in files if name != "base"]
-    slowest = max(seconds[name] for name in files) / min(seconds[name] for name in files) - 1
+    slowest = max(abs(ratio - 1) for ratio in ratios.values())
     same_files = len(set(files.values())) == 1
     same_memory = len({peaks[name] for name in files}) == 1
     verdict: Verdict = (
@@ -73,7 +74,8 @@ def inference_cost(arms: Arms) -> Reading:
         verdict=verdict,
         measured=f"Merged models of all ranks and the base: files "
         f"{'of the same size' if same_files else 'differ'}, peak memory "
-        f"{'the same' if same_memory else 'differs'}, median latencies within {slowest:.1%}. "
+        f"{'the same' if same_memory else 'differs'}, median latencies within {slowest:.1%} of the "
+        f"base's. "
         f"Unmerged {ranks[-1]} takes {unmerged:.2f} times as long.",
         criterion=f"Reproduced where files and peak memory are equal to the byte and the median "
         f"latencies within {ALIKE:.0%}; partly where only the latter fails, which a busy machine "
@@ -107,6 +109,12 @@ def _with_adapter(base: Any, record: TrialRecord) -> PeftModel:
     return adapted.eval()
 
 
+def _beside(base: nn.Module, model: nn.Module, ids: Tensor) -> tuple[float, float]:
+    """Median seconds of a forward pass, and their ratio to the base's, taken in turn."""
+    found = _latencies({"base": _pass_of(base, ids), "own": _pass_of(model, ids)})
+    return found["own"], found["own"] / found["base"]
+
+
 def _pass_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     def run() -> None:
         with torch.inference_mode():
@@ -130,10 +138,14 @@ def _latencies(passes: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def _peak_bytes(model: nn.Module, ids: Tensor, device: torch.device) -> int | None:
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
     meter = PeakMeter(device, model, None)
     with meter.watch():
         _pass_of(model, ids)()
-    return meter.peak_bytes
+    peak = meter.peak_bytes
+    # Of a GPU what else lies there, the base, is taken off.
+    return peak if peak is None or not before else peak - (before - own)
 
 
 def _file_bytes(model: Any) -> int:

@@ -26,6 +26,7 @@ from .reading import (
     power_of_rank,
     power_text,
     ranks_of,
+    unless_open,
 )
 
 ONSET = 5
@@ -36,8 +37,8 @@ ALIKE = 1.5
 
 FALLS = (
     "Reproduced where rsLoRA's loss falls from the lowest to the top rank (its 95 % interval over "
-    "seeds is above zero) and LoRA's falls by less than a third of that; partly where it falls by "
-    "more than LoRA's does."
+    "seeds is above zero) and LoRA's changes by less than a third of that either way; partly where "
+    "it falls so and by more than LoRA's; open with a single seed."
 )
 
 
@@ -84,11 +85,12 @@ def _what_rank_buys(cells: Cells) -> tuple[Verdict, str]:
         f"From rank {low} to {top} rsLoRA's loss falls by {rslora.text()}, LoRA's by "
         f"{lora.text()} ({rslora.num} seed{'s' * (rslora.num > 1)})."
     )
-    if rslora.low > 0 and lora.mean < rslora.mean / 3:
-        return "reproduced", measured
-    if rslora.low > 0 and rslora.mean > lora.mean:
-        return "partly", measured
-    return "not reproduced", measured
+    verdict: Verdict = "not reproduced"
+    if rslora.low > 0 and abs(lora.mean) < rslora.mean / 3:
+        verdict = "reproduced"
+    elif rslora.low > 0 and rslora.mean > lora.mean:
+        verdict = "partly"
+    return unless_open(verdict, rslora), measured
 
 
 def rank_sweep_tuned(arms: Arms) -> Reading:
@@ -111,14 +113,14 @@ def rank_sweep_tuned(arms: Arms) -> Reading:
         )
     top = ranks[-1]
     left = paired(_not_first(best["rsLoRA", top], first), _not_first(best["LoRA", top], first))
-    is_left = left.high < 0
+    told = "an advantage is left." if left.high < 0 else "no advantage can be told from the spread."
     fair = {key: _not_first(records, first) for key, records in best.items()}
     return Reading(
         claim="None: the paper compares the rules at one learning rate.",
         verdict="answered",
         measured=f"With each rule and rank at its own learning rate rsLoRA's loss less LoRA's is "
         f"{left.text()} at rank {top} ({left.num} seeds, paired): "
-        + ("an advantage is left." if is_left else "no advantage can be told from the spread.")
+        + ("one seed has no interval." if left.num == 1 else told)
         + f" From rank {ranks[0]} to {top} the loss falls by {gains(fair, 'rsLoRA').text()} with "
         f"rsLoRA and {gains(fair, 'LoRA').text()} with LoRA.",
         criterion="An advantage is left where the 95 % interval of the paired difference at the "
@@ -175,8 +177,9 @@ def _rates_table(cells: Cells, first: int) -> Table:
 
 
 def norm_at(record: TrialRecord, first: int, last: int) -> float:
-    """Mean gradient norm of the steps from first to last."""
-    return fmean(p.grad_norm for p in record.log if first <= p.step <= last)
+    """Mean gradient norm of the steps from first to last; NaN where it did not get there."""
+    found = [p.grad_norm for p in record.log if first <= p.step <= last]
+    return fmean(found) if found else math.nan
 
 
 def norm_spread(cells: Cells, name: str, first: int, last: int) -> float:
@@ -185,7 +188,7 @@ def norm_spread(cells: Cells, name: str, first: int, last: int) -> float:
         fmean(norm_at(record, first, last) for record in cells[name, rank])
         for rank in ranks_of(cells)
     ]
-    return max(means) / min(means)
+    return math.nan if any(map(math.isnan, means)) else max(means) / min(means)
 
 
 def norms_table(cells: Cells, last: int) -> Table:
@@ -270,12 +273,16 @@ def sgd_stability(arms: Arms) -> Reading:
     """Appendix B.1."""
     found = gradient_norms(arms)
     cells = by_rank(arms[""])
+    last = arms[""].config.training.steps or 0
+    end = norm_spread(cells, "rsLoRA", last - ONSET + 1, last)
     return Reading(
         claim="Under SGD LoRA's norms collapse with rank; rsLoRA's stay nearly the same for about "
         "100 steps, closer than under AdamW (appendix B.1).",
-        verdict=found.verdict,
+        verdict="partly" if found.verdict == "reproduced" and end > ALIKE else found.verdict,
         measured=found.measured,
-        criterion=found.criterion,
+        criterion=f"{found.criterion} At most partly where rsLoRA's norms at the end are further "
+        f"apart than a factor of {ALIKE}: here nearly the same is asked of the whole run, which "
+        f"has {last} steps.",
         tables=[*found.tables, loss_table(cells, _LOSS_TITLE)],
         drawings=found.drawings,
         remarks=["Compare the last column with that of gradient-norms, which is under AdamW."],
@@ -291,12 +298,16 @@ def losses_and_norms(arms: Arms, claim: str) -> Reading:
     last = study.config.training.steps or 0
     last -= last % every
     onset = {name: norm_spread(cells, name, 1, ONSET) for name in ("rsLoRA", "LoRA")}
+    slope = _slope(cells, "LoRA")
+    if verdict == "reproduced" and not slope < -0.25:
+        verdict = "partly"
     return Reading(
         claim=claim,
         verdict=verdict,
         measured=f"{measured} Norms over the first {ONSET} steps: within a factor of "
-        f"{onset['rsLoRA']:.2f} over the ranks for rsLoRA, {onset['LoRA']:.2f} for LoRA.",
-        criterion=FALLS,
+        f"{onset['rsLoRA']:.2f} over the ranks for rsLoRA, {onset['LoRA']:.2f} for LoRA, whose "
+        f"fall as r^{slope:.2f}.",
+        criterion=f"{FALLS} At most partly where LoRA's norms do not fall faster than r^-1/4.",
         tables=[loss_table(cells, _LOSS_TITLE), norms_table(cells, last)],
         drawings=[
             Drawing(
@@ -334,7 +345,7 @@ def low_rank_lr(arms: Arms) -> Reading:
     best = _at_its_best_rate(low, first)
     gain = paired(best, high)
     of_low, of_high = mean_of([final_loss(r) for r in best]), mean_of(list(map(final_loss, high)))
-    verdict: Verdict = "reproduced" if gain.low > 0 else "not reproduced"
+    verdict = unless_open("reproduced" if gain.low > 0 else "not reproduced", gain)
     return Reading(
         claim="No learning rate makes rank 4 as good as rsLoRA at rank 2048 and the default rate: "
         "perplexity 1.863 against 1.836 (appendix B.4).",
@@ -343,14 +354,15 @@ def low_rank_lr(arms: Arms) -> Reading:
         f"loss {of_low.text()} (perplexity {math.exp(of_low.mean):.3f}); rsLoRA at rank "
         f"{top_key[1]} and {rate_text(high[0].learning_rate)} has {of_high.text()} "
         f"({math.exp(of_high.mean):.3f}): {gain.text()} less, paired over {gain.num} seeds.",
-        criterion="Reproduced where the 95 % interval of the paired difference is above zero.",
+        criterion="Reproduced where the 95 % interval of the paired difference is above zero. The "
+        "seed on which the low rank's rate was chosen counts, which favours the low rank.",
         tables=[_rates_table(sweep, first)],
         drawings=[
             Drawing(
-                file="rates.svg",
-                alt="Validation loss of the low rank over learning rates, and of the top rank",
+                file="ranks.svg",
+                alt="Validation loss of the low rank at its best rate, and of the top rank",
                 figure=against_rank(
-                    {"LoRA, by rank": {low_key[1]: [of_low.mean]},
+                    {"LoRA": {low_key[1]: [final_loss(r) for r in best]},
                      "rsLoRA": {top_key[1]: [final_loss(r) for r in high]}},
                     "validation loss",
                 ),

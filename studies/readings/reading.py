@@ -16,8 +16,9 @@ from rsauto.rate_law import RateLaw, fit_sweeps
 from rsauto.records import TrialRecord
 from rsauto.report.table import Study
 
-Verdict = Literal["reproduced", "partly", "not reproduced", "answered"]
-"""answered: there was a question, and no claim."""
+Verdict = Literal["reproduced", "partly", "not reproduced", "answered", "open"]
+"""answered: there was a question, and no claim. open: a single seed has no interval, which the
+criterion needs."""
 
 Arms = Mapping[str, Study]
 """The study as its file has it under '', and each of its further presets by its name."""
@@ -67,28 +68,36 @@ class Mean:
 
     @property
     def low(self) -> float:
-        return self.mean - (self.half_width or 0.0)
+        """NaN, which no comparison holds for, where there is no interval."""
+        return math.nan if self.half_width is None else self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        return self.mean + (self.half_width or 0.0)
+        return math.nan if self.half_width is None else self.mean + self.half_width
 
     def text(self, digits: int = 3) -> str:
+        if self.num == 0:
+            return "-"
         if not math.isfinite(self.mean):
-            return "diverged"
+            return "not finite (a trial diverged)"
         if self.half_width is None:
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Student's interval; a trial that diverged counts as infinite."""
-    if not all(map(math.isfinite, values)):
-        return Mean(math.inf, None, len(values))
+    """Student's interval. Without one for a single value, and NaN where one is not finite."""
+    if not values or not all(map(math.isfinite, values)):
+        return Mean(math.nan, None, len(values))
     if len(values) < 2:
         return Mean(values[0], None, 1)
     half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Mean(fmean(values), half, len(values))
+
+
+def unless_open(verdict: Verdict, *means: Mean) -> Verdict:
+    """The verdict, or open where one of the means it was decided by is of a single seed."""
+    return "open" if any(mean.num == 1 for mean in means) else verdict
 
 
 def final_loss(record: TrialRecord) -> float:
