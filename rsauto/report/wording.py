@@ -189,7 +189,10 @@ def _seeds(num_seeds: int) -> str:
 def _gain(verdict: Verdict, chosen: Standing) -> str:
     tuned = verdict.standings.get("default_tuned")
     if tuned is None:
-        return "No run of the tuned default finished, or the study has none, so there is no gain to state."
+        return (
+            "No run of the tuned default finished, or the study has none: there is no gain to "
+            "state."
+        )
     gain = verdict.gain
     if gain is None:
         is_best = verdict.best is not None and verdict.best.number == chosen.record.number
