@@ -191,7 +191,7 @@ def adalora_on_rslora(arms: Arms) -> Reading:
         f"{at_top['tuned'].text()} where each has its own ({at_top['tuned'].num} seeds, paired).",
         criterion="Reproduced where rsadalora is better at the top rank beyond the 95 % interval "
         "both ways. Not where it is only with carried settings, which shows that the scaling saves "
-        "tuning and not that it learns better; open with a single seed. Settings are chosen on the "
+        "tuning and not that it learns better; open with too few seeds. Settings are chosen on the "
         "first seed, which is left out of the comparison where there are others.",
         tables=tables,
         drawings=[

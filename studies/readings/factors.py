@@ -83,7 +83,7 @@ def init_only(arms: Arms) -> Reading:
         f"factor is unstable at the top rank and none at the low one (diverged, or the loss ends "
         f"{UNSTABLE - 1:.0%} above its least), and the gain of rank with 1/r is below "
         f"{NO_GAIN:.0%} of the loss, its 95 % interval included; partly where one of the last two "
-        "holds; open with a single seed.",
+        "holds; open with too few seeds.",
         tables=[loss_table(cells, "Validation loss after the last step.")],
         drawings=[
             Drawing(
@@ -130,7 +130,7 @@ def other_factors(arms: Arms) -> Reading:
         f"{smaller.num} seed{'s' * (smaller.num > 1)}).",
         criterion="Reproduced where r^-1/4 is unstable in some trial or worse than r^-1/2 beyond "
         "its interval, and r^-2 worse than r^-1 beyond its interval; partly where one of both; "
-        "open with a single seed.",
+        "open with too few seeds.",
         tables=[
             Table(
                 title=f"Rank {rank}.",

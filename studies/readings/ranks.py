@@ -38,7 +38,7 @@ ALIKE = 1.5
 FALLS = (
     "Reproduced where rsLoRA's loss falls from the lowest to the top rank (its 95 % interval over "
     "seeds is above zero) and LoRA's changes by less than a third of that either way; partly where "
-    "it falls so and by more than LoRA's; open with a single seed."
+    "it falls so and by more than LoRA's; open with too few seeds."
 )
 
 

@@ -17,7 +17,7 @@ from rsauto.records import TrialRecord
 from rsauto.report.table import Study
 
 Verdict = Literal["reproduced", "partly", "not reproduced", "answered", "open"]
-"""answered: there was a question, and no claim. open: a single seed has no interval, which the
+"""answered: there was a question, and no claim. open: too few seeds for the interval that the
 criterion needs."""
 
 Arms = Mapping[str, Study]
@@ -96,8 +96,13 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def unless_open(verdict: Verdict, *means: Mean) -> Verdict:
-    """The verdict, or open where one of the means it was decided by is of a single seed."""
-    return "open" if any(mean.num == 1 for mean in means) else verdict
+    """The verdict, or open where it was decided by means of too few seeds.
+
+    A single seed has no interval. That of two is so wide that it shows large effects, but that it
+    shows none says nothing.
+    """
+    least = min(mean.num for mean in means)
+    return "open" if least == 1 or (least < 3 and verdict == "not reproduced") else verdict
 
 
 def final_loss(record: TrialRecord) -> float:
