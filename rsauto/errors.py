@@ -12,10 +12,14 @@ Anything else that escapes is a bug in rsauto and ends with exit code 1.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 
 MOST_SHOWN = 20
-"""Problems in one message."""
+"""Problems in one message, and names in one list."""
+
+LONGEST_NAME = 80
+"""Characters of a name, as a message shows it."""
 
 
 class RsautoError(Exception):
@@ -59,3 +63,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Collection[str]) -> str:
+    """'a', 'b', 'c' for a message, of a length that a person reads whatever the names are."""
+    shown = [repr(shortened(name)) for name in islice(names, MOST_SHOWN)]
+    more = len(names) - len(shown)
+    return ", ".join([*shown, f"{more} more"] if more else shown) or "none"
+
+
+def shortened(name: str) -> str:
+    """At most LONGEST_NAME characters of it, for a message."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

@@ -17,6 +17,7 @@ from typing import Any
 
 from rsauto.data.rows import Numbered, Problems, Row, broken_unicode, is_null, is_unicode
 from rsauto.data.template import Template
+from rsauto.errors import shortened
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns taken for chats where the study file names none."""
@@ -73,7 +74,9 @@ class ChatFormat:
         problems = Problems(source)
         for number, record in problems.counting(numbered):
             try:
-                rows.append(self._row(number, record))
+                row = self._row(number, record)
+                problems.add_if_long(row)
+                rows.append(row)
             except _BadChat as bad:
                 problems.add(bad.kind, number, bad.advice)
         problems.raise_if_any()
@@ -113,7 +116,14 @@ class _BadChat(Exception):
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """Raises _BadChat: what else a message holds is anybody's, and may be half a surrogate."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):
+        raise _BadChat("a message or tool that cannot be written as JSON") from None
+    if not is_unicode(text):
+        raise _BadChat("a message or tool with broken Unicode (half a surrogate pair)")
+    return text
 
 
 def _chat(value: Any, column: str) -> list[Message]:
@@ -162,7 +172,7 @@ def _message(message: Any, column: str) -> Message:
 def _role(speaker: Any, column: str) -> str:
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise _BadChat(
-            f"a message from somebody unknown ({speaker!r}) in column {column!r}",
+            f"a message from somebody unknown ({shortened(repr(speaker))}) in column {column!r}",
             f"Known are {', '.join(SPEAKERS)}.",
         )
     return SPEAKERS[speaker]
@@ -198,7 +208,7 @@ def _tools(value: Any) -> str:
     """JSON of the tools, or nothing where there are none."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value
-    except ValueError:
+    except (ValueError, RecursionError):
         tools = value
     if not tools or is_null(tools):
         return ""

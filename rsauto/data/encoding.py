@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 TEXTS_PER_CALL = 1000
 """Texts given to the tokenizer at once; its intermediate records are larger than the ids."""
 
+CHARACTERS = 4_000_000
+"""Characters given to it at once, where texts are long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -90,12 +93,11 @@ def encode_batches(
     pairs: Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Mapping[str, Any]]:
-    """What the tokenizer returns for texts, or for pairs, TEXTS_PER_CALL at a time.
+    """What the tokenizer returns for texts, or for pairs, in the parts that `_calls` makes.
 
     `options` are the tokenizer's own.
     """
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        these = slice(start, start + TEXTS_PER_CALL)
+    for these in _calls(texts, pairs):
         yield tokenizer(
             list(texts[these]),
             None if pairs is None else list(pairs[these]),
@@ -103,3 +105,16 @@ def encode_batches(
             verbose=False,
             **options,
         )
+
+
+def _calls(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[slice]:
+    """Slices of at most TEXTS_PER_CALL texts and, unless one alone has more, of CHARACTERS."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        length = len(text) + (0 if pairs is None else len(pairs[index]))
+        if index - start == TEXTS_PER_CALL or (index > start and characters + length > CHARACTERS):
+            yield slice(start, index)
+            start, characters = index, 0
+        characters += length
+    if texts:
+        yield slice(start, len(texts))

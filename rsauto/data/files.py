@@ -12,14 +12,27 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsauto.errors import InputError, nearest
+import psutil
+
+from rsauto.errors import InputError, listed, nearest, shortened
+from rsauto.units import bytes_text
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+
+MEMORY_PER_BYTE = 4
+"""Memory that a byte of text takes while it becomes rows: itself, decoded, split, as values."""
+
+MOST_COLUMNS = 10_000
+"""More are no columns, but data in a form that is read wrongly."""
+
+LONGEST_COLUMN = 200
+"""Characters of a column's name; of a longer one the same holds."""
 
 Record = Mapping[str, Any]
 
@@ -54,8 +67,23 @@ class Table:
 
 
 def table_of(rows: Sequence[Record], source: str) -> Table:
-    """A table of plain mappings; a column that only some rows have counts as a column."""
+    """A table of plain mappings; a column that only some rows have counts as a column.
+
+    Raises InputError above MOST_COLUMNS and LONGEST_COLUMN.
+    """
     columns = dict.fromkeys(str(key) for row in rows for key in row)
+    if len(columns) > MOST_COLUMNS:
+        raise InputError(
+            f"{source}: the rows have {len(columns)} columns together; at most {MOST_COLUMNS} are "
+            f"read. Give every row the same few keys."
+        )
+    longest = max(columns, key=len, default="")
+    if len(longest) > LONGEST_COLUMN:
+        raise InputError(
+            f"{source}: a column's name has {len(longest)} characters ({shortened(longest)!r}); at "
+            f"most {LONGEST_COLUMN} are read. Rename it, or look whether the file is what it "
+            f"should be."
+        )
     return Table(source=source, columns=tuple(columns), rows=rows)
 
 
@@ -112,15 +140,21 @@ def read_file(path: Path, field: str = "data.name") -> Table:
 
 
 def _read_bytes(path: Path) -> bytes:
+    most = psutil.virtual_memory().available // MEMORY_PER_BYTE
     try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path) as stream:
-                return stream.read()
-        return path.read_bytes()
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            # One byte more than may be: a few packed bytes can unfold to any size.
+            data = stream.read(most + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: the gzip data is damaged ({error}).") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if len(data) > most:
+        raise InputError(
+            f"{path}: has more than {bytes_text(most)} of text, and its rows would not fit into "
+            f"this machine's free memory. Write fewer of them to a file of their own."
+        )
+    return data
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -177,7 +211,7 @@ def _read_json(text: str, path: Path) -> list[Record]:
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) != 1:
             raise InputError(
-                f"{path}: holds one object with the keys {', '.join(map(repr, value))}, but "
+                f"{path}: holds one object with the keys {listed(value)}, but "
                 f"a list of rows is needed, one file per split. pandas writes it with "
                 f'to_json(orient="records").'
             )
@@ -191,7 +225,7 @@ def _read_json(text: str, path: Path) -> list[Record]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -218,9 +252,9 @@ def _read_csv(text: str, path: Path) -> list[Record]:
 
 
 def _check_header(header: list[str], path: Path) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, times in Counter(header).items() if times > 1)
     if twice:
-        raise InputError(f"{path}: the header names {', '.join(map(repr, twice))} twice.")
+        raise InputError(f"{path}: the header names {listed(twice)} twice.")
     separator = next((s for s in "\t;|" if s in header[0]), None)
     if len(header) == 1 and separator is not None:
         raise InputError(

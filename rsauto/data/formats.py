@@ -8,8 +8,8 @@ from rsauto.config import DataConfig
 from rsauto.data.chat import CHAT_COLUMNS, TOOLS, ChatFormat
 from rsauto.data.files import Table
 from rsauto.data.labels import LabelFormat
-from rsauto.data.template import Format, Template, listed, parse_template
-from rsauto.errors import InputError, nearest
+from rsauto.data.template import Format, Template, parse_template
+from rsauto.errors import InputError, listed, nearest
 
 AnyFormat = Format | ChatFormat | LabelFormat
 

@@ -15,7 +15,7 @@ from rsauto.data.encoding import Example
 from rsauto.data.load import Splits, chosen_splits, is_test, rows_at, split_loaders
 from rsauto.data.rows import Row
 from rsauto.data.tokens import tokenise_rows
-from rsauto.errors import InputError
+from rsauto.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def _rows(table: Table, splits: Splits) -> tuple[Row, ...]:
     """Every row as text. Raises InputError where they are not like the training rows."""
     absent = [column for column in splits.format.columns if column not in table.columns]
     if absent:
-        raise InputError(f"{table.source}: has no column {', '.join(map(repr, absent))}.")
+        raise InputError(f"{table.source}: has no column {listed(absent)}.")
     rows = rows_at(table, range(len(table)), splits.format)
     if not rows:
         raise InputError(f"{table.source}: there are no rows.")

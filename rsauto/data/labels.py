@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MOST_CLASSES = 1000
 """More than this, and the column is an identifier or a text rather than a class."""
 
+LONGEST_LABEL = 1000
+"""Characters of a class's name."""
+
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]*))(?:\.0*)?")
 _INDEX = re.compile(r"0|[1-9][0-9]*")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+")
@@ -89,7 +92,9 @@ class LabelFormat:
         pair = "" if self.text_pair is None else self.text_pair.fill(values)
         if not (text + pair).strip():
             problems.add("an empty text", number)
-        return Row(number, text, pair, label=name)
+        row = Row(number, text, pair, label=name)
+        problems.add_if_long(row)
+        return row
 
 
 def _as_text(label: Any) -> str:
@@ -105,6 +110,8 @@ def _class(label: Any, names: Sequence[str] | None) -> tuple[str | None, str | N
     if not isinstance(label, (int, float, str)):
         return None, f"a label that is neither number nor name ({type(label).__name__})"
     text = _as_text(label)
+    if len(text) > LONGEST_LABEL:
+        return None, f"a label of more than {LONGEST_LABEL} characters"
     if names is not None and text in names and isinstance(label, str):
         return text, None
     if not text.strip():

@@ -23,7 +23,7 @@ from rsauto.data.hub import load_hub
 from rsauto.data.labels import LabelFormat, class_names
 from rsauto.data.order import shuffled, stratified
 from rsauto.data.rows import Row
-from rsauto.errors import InputError, nearest
+from rsauto.errors import InputError, listed, nearest
 
 HELD_BACK_ONE_IN = 10
 """At most this share of training rows is held back where there is no validation split."""
@@ -261,8 +261,8 @@ def _choose(
     absent = [column for column in form.columns if column not in validation.columns]
     if absent:
         raise InputError(
-            f"{validation.source}: has no column {', '.join(map(repr, absent))}, which {form} "
-            f"needs. The columns are {', '.join(map(repr, validation.columns))}."
+            f"{validation.source}: has no column {listed(absent)}, which {form} "
+            f"needs. The columns are {listed(validation.columns)}."
         )
     _require_same_names(form, validation)
     order = shuffled(len(validation), random.Random(config.split_seed))

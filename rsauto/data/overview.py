@@ -16,7 +16,7 @@ from rsauto.data.load import Splits
 from rsauto.data.samples import Segment, marked, segments, spelled_out
 from rsauto.data.template import Format, Template
 from rsauto.data.tokens import TokenisedData
-from rsauto.errors import InputError
+from rsauto.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def lines(found: Preflight) -> list[str]:
     """The preflight as plain text; what the loss counts stands between « and »."""
     shown = [f"format      {found.format}"]
     if found.unused_columns:
-        shown.append(f"not used    {', '.join(map(repr, found.unused_columns))}")
+        shown.append(f"not used    {listed(found.unused_columns)}")
     for name, split in (("train", found.train), ("validation", found.validation)):
         dropped = f", {split.num_dropped} dropped" if split.num_dropped else ""
         shown.append(f"{name:<11} {split.source}{dropped}")

@@ -15,6 +15,10 @@ Numbered = Iterable[tuple[int, Mapping[str, Any]]]
 
 Item = TypeVar("Item")
 
+LONGEST_TEXT = 4_000_000
+"""Characters of a row. A tokenizer takes several hundred bytes of memory for each, and reads all
+of them before anything can be cut at max_length."""
+
 MOST_KINDS = 5
 """Kinds of problems told at once; a chat template may have a message for every row."""
 
@@ -42,6 +46,10 @@ class Row:
         """What makes two rows the same row; a label does not make them two."""
         return self.prompt, self.completion, self.tools
 
+    @property
+    def num_characters(self) -> int:
+        return sum(map(len, self.content))
+
 
 @dataclass(slots=True)
 class Problems:
@@ -63,6 +71,12 @@ class Problems:
         """`kind` is the object of 'rows have ...'."""
         self.found.setdefault(kind, []).append(number)
         self.advice[kind] = advice
+
+    def add_if_long(self, row: Row) -> None:
+        """Of a row that a tokenizer should not be given."""
+        if row.num_characters > LONGEST_TEXT:
+            kind = f"more than {LONGEST_TEXT} characters"
+            self.add(kind, row.number, "Split such rows, or remove them.")
 
     def raise_if_any(self) -> None:
         """Raises InputError, one problem for each kind: how many rows have it, the first row."""

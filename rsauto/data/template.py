@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsauto.data.rows import Numbered, Problems, Row, text_problem
-from rsauto.errors import InputError, nearest
+from rsauto.errors import InputError, listed, nearest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,7 @@ class Format:
             row = Row(number, prompt, self.completion.fill(values))
             if not row.completion.strip():
                 problems.add(empty, number)
+            problems.add_if_long(row)
             rows.append(row)
         problems.raise_if_any()
         return tuple(rows)
@@ -133,10 +134,6 @@ def _unknown_column(field: str, source: str, column: str, columns: Collection[st
         f"{field}: {source!r} names the column {column!r}, which is not in the data."
         f"{nearest(column, columns)} {there_are}"
     )
-
-
-def listed(columns: Collection[str]) -> str:
-    return ", ".join(repr(column) for column in columns) or "none"
 
 
 def text_values(

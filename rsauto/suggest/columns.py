@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rsauto.data.files import Table
 from rsauto.data.order import shuffled
-from rsauto.errors import InputError, nearest
+from rsauto.errors import InputError, listed, nearest
 
 Kind = Literal["text", "number", "chat", "other"]
 
@@ -108,7 +108,7 @@ def labelled_reading(columns: Sequence[Column], label: str | None = None) -> Rea
             return None
         raise InputError(
             f"--label: beside {label!r} no column has text to classify. The columns are "
-            f"{_listed(columns)}."
+            f"{listed([column.name for column in columns])}."
         )
     names = {column.name for column in texts}
     reason = f"{found.name!r} has {found.num_values} different values in {found.num_rows} rows"
@@ -139,7 +139,8 @@ def guessed_reading(columns: Sequence[Column], source: str) -> Reading:
     named = next((name for name in TEXTS if name in [column.name for column in texts]), None)
     if not texts:
         raise InputError(
-            f"{source}: no column has text to train on. The columns are {_listed(columns)}."
+            f"{source}: no column has text to train on. The columns are "
+            f"{listed([column.name for column in columns])}."
         )
     if named is not None or len(texts) == 1:
         name = named or texts[0].name
@@ -209,7 +210,7 @@ def _label(columns: Sequence[Column], label: str | None) -> Column | None:
         if label not in by_name:
             raise InputError(
                 f"--label: {label!r} is no column.{nearest(label, by_name)} The columns are "
-                f"{_listed(columns)}."
+                f"{listed([column.name for column in columns])}."
             )
         return by_name[label]
     return next((by_name[n] for n in LABELS if n in by_name and _is_class(by_name[n])), None)
@@ -234,7 +235,3 @@ def _names(columns: Sequence[Column], *kinds: Kind) -> set[str]:
 def _is_plain(name: str) -> bool:
     """Whether a template can name the column."""
     return bool(name) and not set(name) & set("{}[].!:")
-
-
-def _listed(columns: Sequence[Column]) -> str:
-    return ", ".join(repr(column.name) for column in columns)
