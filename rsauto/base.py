@@ -163,7 +163,7 @@ def _quantised_loading(
     if saved_bits(source.config) is not None:
         return {"device_map": {"": device}}
     with torch.device("meta"):
-        skeleton = auto_class(source.task).from_config(source.config)
+        skeleton = auto_class(source.task).from_config(source.config, trust_remote_code=False)
     kept = unquantised_modules(skeleton, head_module_names(skeleton))
     settings = loading_settings(config.quant_bits, source.dtype, kept)
     return {"device_map": {"": device}, "quantization_config": settings}

@@ -17,6 +17,7 @@ from rsauto.cli_answers import COMMANDS, Json
 from rsauto.cli_errors import errors_shown
 from rsauto.errors import InputError
 from rsauto.garbage import collection_paused
+from rsauto.launch import STORAGE_VARIABLE
 from rsauto.launched import is_follower
 from rsauto.study_command import quieten_libraries, run_study, run_worker
 
@@ -58,7 +59,10 @@ def study(
     memory_budget: Annotated[str | None, typer.Option(help="Such as 24GiB.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation and data order.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL [a journal in the study folder].")
+        str | None,
+        typer.Option(
+            help="Optuna storage URL [a journal in the study folder].", envvar=STORAGE_VARIABLE
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes: one a GPU, or as many on a CPU.")] = 1,
     launcher: Annotated[
@@ -89,7 +93,10 @@ def study(
 def worker(
     target: Annotated[
         str,
-        typer.Argument(help="A study folder on this host, or the URL given as --storage."),
+        typer.Argument(
+            help="A study folder on this host, or the URL given as --storage.",
+            envvar=STORAGE_VARIABLE,
+        ),
     ],
     study: Annotated[
         str | None, typer.Option(help="Name of the study in the storage, with a URL.")

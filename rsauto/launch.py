@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any, Protocol
 from rsauto.errors import InputError
 from rsauto.stop import StopFlag
 from rsauto.storage_url import shown
+
+STORAGE_VARIABLE = "RSAUTO_STORAGE"
+"""Holds a storage URL for worker and study: a command line, and its password, is everybody's."""
 
 WITH_PARENT = "RSAUTO_WITH_PARENT"
 """Environment variable: the process a worker ends with."""
@@ -82,7 +85,7 @@ class LocalCrew:
             with open(log, "wb") as file:
                 self._running[k] = subprocess.Popen(
                     worker_command(study, storage, folder),
-                    env=self._environment(k),
+                    env={**self._environment(k), **worker_storage(storage)},
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -142,7 +145,7 @@ class RayCrew:
         task = ray.remote(max_retries=0, **needs)(run_worker)
         command = worker_command(study, storage, folder)[1:]
         for k in range(2, self.num_processes + 1):
-            self._tasks[k] = task.remote(command)
+            self._tasks[k] = task.remote(command, worker_storage(storage))
         return f"{self.num_processes} workers, this one and {self.num_processes - 1} placed by Ray"
 
     def _connect(self, ray: Any) -> None:
@@ -201,11 +204,11 @@ class RayCrew:
             self._is_ours = False
 
 
-def run_worker(arguments: Sequence[str]) -> tuple[int, str]:
+def run_worker(arguments: Sequence[str], storage: Mapping[str, str]) -> tuple[int, str]:
     """On a Ray node: runs a worker to its end; its exit code and the last line it wrote."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        env={**os.environ, WITH_PARENT: str(os.getpid())},
+        env={**os.environ, **storage, WITH_PARENT: str(os.getpid())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -280,9 +283,14 @@ def cores_each(num_processes: int) -> int:
 
 
 def worker_command(study: str, storage: str | None, folder: Path) -> list[str]:
-    """The command of one more worker."""
-    where = [str(folder.resolve())] if storage is None else [storage, "--study", study]
+    """The command of one more worker; a storage other than the folder's is in its environment."""
+    where = [str(folder.resolve())] if storage is None else ["--study", study]
     return [sys.executable, "-m", "rsauto", "worker", *where]
+
+
+def worker_storage(storage: str | None) -> dict[str, str]:
+    """What `worker_command` has to find in its environment."""
+    return {} if storage is None else {STORAGE_VARIABLE: storage}
 
 
 def ending(name: str, code: int, last: str) -> str:

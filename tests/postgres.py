@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,37 +51,62 @@ def unprivileged() -> str | None:
     return found
 
 
+class Server:
+    """One that can be stopped and started again over the same data."""
+
+    def __init__(self, folder: Path, user: str | None) -> None:
+        self._bin, self._data, self.port = binaries(), folder / "data", free_port()
+        self._folder = folder
+        self._options: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL}
+        self._options |= {"stderr": subprocess.PIPE} | ({} if user is None else {"user": user})
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"postgresql://rsauto@127.0.0.1:{self.port}/postgres"
+        make = [self._bin / "initdb", "-D", self._data, "-A", "trust", "-U", "rsauto", "--no-sync"]
+        subprocess.run(make, check=True, **self._options)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        self._process = subprocess.Popen(
+            [self._bin / "postgres", "-D", self._data, "-p", str(self.port), "-k", self._folder,
+             "-F", "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"],
+            **self._options,
+        )  # fmt: skip
+        wait_until_open(self._process, self.url)
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """At once, whoever is still connected; nothing where it is stopped already."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.communicate(timeout=30)
+            self._process = None
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """The URL of an empty database."""
+def running() -> Iterator[Server]:
+    """A server with an empty database, started."""
     pytest.importorskip("psycopg", reason="psycopg is missing: pip install 'rsauto[postgres]'")
-    bin_folder, user = binaries(), unprivileged()
+    binaries()
+    user = unprivileged()
     # Not below pytest's folder, which other users may not enter.
     folder = Path(tempfile.mkdtemp(prefix="rsauto-pg-"))
     try:
         if user is not None:
             shutil.chown(folder, user)
-        data, port = folder / "data", free_port()
-        options: dict[str, str] = {} if user is None else {"user": user}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": folder, **options}
-        subprocess.run(
-            [bin_folder / "initdb", "-D", data, "-A", "trust", "-U", "rsauto", "--no-sync"],
-            check=True, **quiet,
-        )  # type: ignore[call-overload]  # fmt: skip
-        process = subprocess.Popen(
-            [bin_folder / "postgres", "-D", data, "-p", str(port), "-k", folder, "-F",
-             "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"],
-            **quiet,
-        )  # type: ignore[call-overload]  # fmt: skip
+        found = Server(folder, user)
+        found.start()
         try:
-            url = f"postgresql://rsauto@127.0.0.1:{port}/postgres"
-            wait_until_open(process, url)
-            yield url
+            yield found
         finally:
-            process.send_signal(signal.SIGQUIT)  # at once, whoever is still connected
-            process.communicate(timeout=30)
+            found.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The URL of an empty database."""
+    with running() as found:
+        yield found.url
 
 
 def wait_until_open(process: subprocess.Popen[bytes], url: str) -> None:

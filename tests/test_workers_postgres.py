@@ -38,9 +38,14 @@ def url() -> Iterator[str]:
         yield found
 
 
-def command_line(*arguments: str | Path, step_seconds: float = 0.1) -> subprocess.Popen[str]:
-    """The command line, its trials stretched so that it can be hit in the middle of one."""
-    code = (
+def command_line(
+    *arguments: str | Path, step_seconds: float = 0.1, before: str = ""
+) -> subprocess.Popen[str]:
+    """The command line, its trials stretched so that it can be hit in the middle of one.
+
+    ``before`` is Python to run first.
+    """
+    code = before + (
         "import time, rsauto.training.loop as loop\n"
         "real = loop.accumulate_gradients\n"
         "def slow(*a):\n"

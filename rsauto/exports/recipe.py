@@ -92,7 +92,7 @@ def recipe_of(chosen: Chosen, abilities: Abilities) -> Recipe:
     import torch
 
     with torch.device("meta"):
-        skeleton = auto_class(source.task).from_config(source.config)
+        skeleton = auto_class(source.task).from_config(source.config, trust_remote_code=False)
     steps = full_steps(chosen)
     micro = _micro_batch_size(record)
     pattern = {n: r for n, r in (record.rank_pattern or {}).items() if r}

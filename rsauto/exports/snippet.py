@@ -108,7 +108,8 @@ def _quantisation(recipe: Recipe) -> str:
     from rsauto.architecture import auto_class
 
     with torch.device("meta"):
-        skeleton = auto_class(recipe.chosen.source.task).from_config(recipe.chosen.source.config)
+        source = recipe.chosen.source
+        skeleton = auto_class(source.task).from_config(source.config, trust_remote_code=False)
     kept = unquantised_modules(skeleton, recipe.modules_to_save)
     four = f"""
     bnb_4bit_quant_type="nf4",

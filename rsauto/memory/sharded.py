@@ -60,7 +60,9 @@ def sharded_base(source: BaseSource, quant_bits: int | None, num_devices: int) -
             "quantised."
         )
     with torch.device("meta"):
-        model = auto_class(source.task).from_config(source.config, dtype=source.dtype)
+        model = auto_class(source.task).from_config(
+            source.config, dtype=source.dtype, trust_remote_code=False
+        )
     _, layers = sharded_layers(model)
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     return ShardedBase(

@@ -205,9 +205,9 @@ def build_model(kind: StepKind, rank: int) -> PeftModel:
             config,
             dtype=getattr(torch, kind.dtype),
             attn_implementation="sdpa" if flash else attention,
+            trust_remote_code=False,
         )
-    except Exception as error:
-        # Whatever a configuration has that no model was ever built with.
+    except Exception as error:  # whatever a configuration has that no model was ever built with
         raise InputError(
             f"model: transformers cannot build a {model_class.__name__} from this configuration "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check its "

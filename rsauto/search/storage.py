@@ -31,8 +31,12 @@ HEARTBEAT_SECONDS = 30
 SILENT_BEATS = 4
 """Heartbeats a trial of another host may miss before it is run again elsewhere."""
 
-PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
-"""Seconds before each new attempt at a database that does not answer."""
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+"""Seconds before each new attempt at a database that does not answer: two minutes together, in
+which a server is restarted or another takes its place."""
+
+OPENING_PAUSES = (0.2, 0.5, 1.0)
+"""The same before a study is begun, when the address may as well be wrong."""
 
 _TRANSIENT = (StorageInternalError, SQLAlchemyError)
 
@@ -44,7 +48,8 @@ def open_storage(
     try:
         if url is None:
             return _journal_storage(journal)
-        return _database(driver_url(url), heartbeat_seconds)
+        address = driver_url(url)
+        return _again(lambda: _database(address, heartbeat_seconds), OPENING_PAUSES)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{journal}: the journal is damaged ({error}). Bring back a copy of it, or choose "
@@ -98,19 +103,24 @@ def patiently(call: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
     ``call`` may have been carried out although its answer was lost, so it must bear being done
     twice. Raises StudyInterrupted when the last attempt fails too.
     """
-    for pause in pauses:
-        try:
-            return call()
-        except _TRANSIENT:
-            time.sleep(pause)
     try:
-        return call()
+        return _again(call, pauses)
     except _TRANSIENT as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise StudyInterrupted(
             f"The study's storage does not answer any more: {reason}. Settled trials are safe; "
             "run the same command again when it does."
         ) from None
+
+
+def _again(call: Callable[[], T], pauses: Sequence[float]) -> T:
+    """What ``call`` returns, or raises the last time."""
+    for pause in pauses:
+        try:
+            return call()
+        except _TRANSIENT:
+            time.sleep(pause)
+    return call()
 
 
 class JournalLock(BaseJournalFileLock):

@@ -205,4 +205,8 @@ def _positions(source: BaseSource) -> int:
 
 def _num_params(source: BaseSource) -> int:
     with torch.device("meta"):
-        return int(auto_class(source.task).from_config(source.config).num_parameters())
+        return int(
+            auto_class(source.task)
+            .from_config(source.config, trust_remote_code=False)
+            .num_parameters()
+        )

@@ -1,0 +1,221 @@
+"""A study's database that stops, comes back, or drops its connections; clocks, disks and workers.
+
+    python tests/faults/test_storage_faults.py --minutes 10
+
+kills workers of one study, each with a chance of 30 % a minute, and starts new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import postgres
+import psutil
+import psycopg
+import pytest
+from test_workers_postgres import check_books, command_line, database, trials_of, wait_for
+from tiny_study import environment, records, write_study
+
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+TRIALS = 12
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[postgres.Server]:
+    with postgres.running() as found:
+        yield found
+
+
+def settled(url: str) -> int:
+    return sum("record" in trial.user_attrs for trial in trials_of(url))
+
+
+def end(host: subprocess.Popen[str], *others: subprocess.Popen[str]) -> str:
+    """What the host said, once it has ended by itself."""
+    try:
+        output, _ = host.communicate(timeout=300)
+        for other in others:
+            other.communicate(timeout=60)
+    finally:
+        for process in (host, *others):
+            process.kill()
+            process.wait()
+    assert "Traceback" not in output
+    return output
+
+
+def test_a_database_that_is_restarted_in_mid_study(server: postgres.Server, tmp_path: Path) -> None:
+    url = database(server.url, "restarted")
+    study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
+    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.4)
+    worker = None
+    try:
+        wait_for(lambda: len(trials_of(url)) > 0, host)
+        worker = command_line("worker", url, "--study", "tiny", step_seconds=0.4)
+        for how in (signal.SIGQUIT, signal.SIGINT):
+            before = settled(url)
+            wait_for(lambda: settled(url) > before, host)  # noqa: B023
+            server.stop(how)
+            time.sleep(3)
+            server.start()
+    finally:
+        output = end(host, *filter(None, [worker]))
+    assert host.returncode == 0, output
+    check_books(trials_of(url), records(out), TRIALS)
+
+
+def test_connections_that_are_cut_all_the_time(server: postgres.Server, tmp_path: Path) -> None:
+    url = database(server.url, "cut")
+    study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
+    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.05)
+    num_cut = 0
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        while host.poll() is None:
+            num_cut += len(connection.execute(CUT, ["cut"]).fetchall())
+            time.sleep(1)
+    output = end(host)
+    assert host.returncode == 0, output
+    assert num_cut >= 3
+    check_books(trials_of(url), records(out), TRIALS)
+
+
+def test_a_database_that_stays_away_ends_the_study_and_its_return_continues_it(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    url = database(server.url, "away")
+    study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
+    # Two minutes of patience are for users.
+    short = (
+        "import rsauto.search.storage as storage\nstorage.patiently.__defaults__ = ((0.1, 0.2),)\n"
+    )
+    host = command_line(
+        "study", study, "--out", out, "--storage", url, step_seconds=0.4, before=short
+    )
+    try:
+        wait_for(lambda: settled(url) > 2, host)
+        server.stop()
+        output = end(host)
+    finally:
+        host.kill()
+        server.start()
+    assert host.returncode == 4, output
+    assert "does not answer any more" in output and "run the same command again" in output
+    safe = {trial.number for trial in trials_of(url) if "record" in trial.user_attrs}
+    output = end(command_line("study", study, "--out", out, "--storage", url))
+    check_books(trials_of(url), records(out), TRIALS)
+    assert safe <= {line["number"] for line in records(out)}
+
+
+def test_no_command_line_has_the_password_of_a_storage(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    """They are everybody's to read; the server asks for no password, so that any will do."""
+    url = database(server.url, "secret").replace("rsauto@", "rsauto:s3cr3t@")
+    study, out = write_study(tmp_path, trials=6), tmp_path / "out"
+    command = [sys.executable, "-m", "rsauto", "study", study, "--out", out, "--workers", "2"]
+    host = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**environment(), "RSAUTO_STORAGE": url},
+    )  # fmt: skip
+    seen: set[str] = set()
+    while host.poll() is None:
+        for child in [psutil.Process(host.pid), *_children(host.pid)]:
+            try:
+                seen.add(" ".join(child.cmdline()))
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    output = end(host)
+    assert host.returncode == 0, output
+    assert any("rsauto worker --study tiny" in line for line in seen)
+    assert not [line for line in seen if "s3cr3t" in line]
+    assert "s3cr3t" not in output + (out / "workers" / "2.log").read_text(encoding="utf-8")
+    assert len({line["worker"] for line in records(out)}) == 2, "the second one worked"
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+MOVED = """
+import random, time
+from rsauto.search import liveness
+true, chance = time.time, random.Random(0)
+time.time = lambda: true() + chance.choice([-1e6, 0, 1e6])
+"""
+SLOW = """
+import os, time
+sync, replace = os.fsync, os.replace
+os.fsync = lambda file: (time.sleep(0.5), sync(file))[1]
+os.replace = lambda *paths, **options: (time.sleep(0.5), replace(*paths, **options))[1]
+"""
+
+
+@pytest.mark.parametrize("fault", [MOVED, SLOW], ids=["clock", "disk"])
+def test_a_clock_that_jumps_and_a_disk_that_is_slow_change_no_result(
+    tmp_path: Path, fault: str
+) -> None:
+    study = write_study(tmp_path, trials=6)
+    found = []
+    for name, before in (("plain", ""), ("hit", fault)):
+        host = command_line(
+            "study", study, "--out", tmp_path / name, "--set", "packing.mode=off",
+            step_seconds=0.0, before=before,
+        )  # fmt: skip
+        output = end(host)
+        assert host.returncode == 0, output
+        found.append(records(tmp_path / name))
+    for plain, hit in zip(*found, strict=True):
+        same = ("number", "outcome", "rank", "alpha", "learning_rate", "eval_loss", "curve")
+        assert [hit[field] for field in same] == [plain[field] for field in same]
+        assert hit["train_seconds"] is None or 0 < hit["train_seconds"] < 300
+
+
+def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -> str:
+    """A study whose workers die and are replaced; what is left of it."""
+    chance = random.Random(0)
+    with postgres.running() as server, tempfile.TemporaryDirectory() as folder:
+        study, out = write_study(Path(folder), trials=100_000), Path(folder) / "out"
+        options = ("--storage", server.url)
+        host = command_line("study", study, "--out", out, *options, step_seconds=0.2)
+        wait_for(lambda: len(trials_of(server.url)) > 0, host)
+        workers: list[subprocess.Popen[str]] = []
+        num_killed = 0
+        stop_at = time.monotonic() + 60 * minutes
+        while time.monotonic() < stop_at:
+            workers = [worker for worker in workers if worker.poll() is None]
+            for worker in list(workers):
+                if chance.random() < chance_a_minute / 60:
+                    os.kill(worker.pid, signal.SIGKILL)
+                    num_killed += 1
+            while len(workers) < num_workers:
+                workers.append(command_line("worker", server.url, "--study", "tiny"))
+            assert host.poll() is None, host.communicate()
+            time.sleep(1)
+        host.send_signal(signal.SIGTERM)
+        output = end(host, *workers)
+        num_trials = settled(server.url)
+        end(command_line("study", study, "--out", out, *options, "--trials", str(num_trials + 2)))
+        lines = records(out)
+        check_books(trials_of(server.url), lines, num_trials + 2)
+    return (
+        f"{num_killed} workers killed, {len(lines)} trials, none lost, none twice\n{output[-300:]}"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    print(reaped(parser.parse_args().minutes))
