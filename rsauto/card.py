@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rsauto.config import DataConfig, StudyConfig
 from rsauto.records import TrialRecord
+from rsauto.report.markdown import code, fenced, inline
 from rsauto.units import bytes_text
 
 Form = Literal["lora", "adalora", "merged"]
@@ -51,8 +52,8 @@ def model_card(subject: Subject) -> str:
 ---
 # {_title(subject)}
 
-Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen base model
-`{_shown(subject.base_name)}`, {base}with seed {record.seed}.
+Trained by rsauto in study {code(config.name)}, trial {record.number}, on the frozen base model
+{code(_shown(subject.base_name))}, {base}with seed {record.seed}.
 
 {_what_the_files_hold(subject)}
 
@@ -74,9 +75,7 @@ Trained by rsauto in study `{config.name}`, trial {record.number}, on the frozen
 |---|---|
 {_provenance_rows(subject)}
 
-```python
-{loading_code(subject)}
-```
+{fenced(loading_code(subject), "python")}
 """
     return str(ModelCard(content))
 
@@ -141,7 +140,7 @@ def _title(subject: Subject) -> str:
     record = subject.record
     rank = f"rank {record.rank}{' on average' if record.rank_pattern else ''}"
     if subject.form == "merged":
-        return f"{_shown(subject.base_name)} with a LoRA adapter of {rank} merged in"
+        return f"{inline(_shown(subject.base_name))} with a LoRA adapter of {rank} merged in"
     kind = "AdaLoRA" if subject.form == "adalora" else "LoRA"
     return f"{kind} adapter, {rank}"
 
@@ -208,12 +207,12 @@ def _rank_rows(record: TrialRecord) -> list[tuple[str, Any]]:
 
 
 def _data_rows(data: DataConfig, subject: Subject) -> str:
-    rows: list[tuple[str, Any]] = [("name", f"`{_shown(data.name)}`")]
+    rows: list[tuple[str, Any]] = [("name", Code(_shown(data.name)))]
     for name in ("subset", "revision", "prompt", "completion", "text", "text_pair", "messages",
                  "label"):  # fmt: skip
         value = getattr(data, name)
         if value is not None:
-            rows.append((name, f"`{value!r}`".replace("|", "\\|")))
+            rows.append((name, Code(repr(value))))
     rows.append(("the loss counts", "all" if data.loss_on == "all" else "completions"))
     rows.append(("tokens a row, at most", data.max_length))
     if subject.label_names is not None:
@@ -248,16 +247,25 @@ def _provenance_rows(subject: Subject) -> str:
     record = subject.record
     versions = ", ".join(f"{name} {number}" for name, number in subject.packages.items())
     rows: list[tuple[str, Any]] = [
-        ("study, trial", f"`{subject.config.name}`, {record.number} ({record.role})"),
+        ("study, trial", f"{subject.config.name}, {record.number} ({record.role})"),
         ("seed", record.seed),
         ("begun", record.started_at or "-"),
     ]
-    rows += [(f"fingerprint of the {k}", f"`{v}`") for k, v in subject.fingerprints.items()]
+    rows += [(f"fingerprint of the {k}", Code(v)) for k, v in subject.fingerprints.items()]
     return _table([*rows, ("packages", versions or "-")])
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return "\n".join(f"| {inline(name)} | {_cell(value)} |" for name, value in rows)
+
+
+class Code(str):
+    """A value to be shown as code."""
+
+
+def _cell(value: Any) -> str:
+    """Names of classes, layers and files are other people's: nothing in them is markup."""
+    return code(value) if isinstance(value, Code) else inline(str(value))
 
 
 def loading_code(subject: Subject) -> str:

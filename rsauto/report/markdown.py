@@ -46,7 +46,7 @@ def markdown(
         parts += ["## Where the tokens went",
                   pipe_table(tokens.headers, tokens.rows, tokens.is_number)]  # fmt: skip
     parts += _unfinished(study)
-    parts += ["## Study", _fenced(study_file.dump(study.config), "yaml")]
+    parts += ["## Study", fenced(study_file.dump(study.config), "yaml")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,10 +86,20 @@ def inline(text: str) -> str:
     """Text on one line that neither Markdown nor HTML nor a table takes for markup."""
     one_line = " ".join(text.split())
     escaped = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
+    # An underscore inside a word is one everywhere; at its edge it may begin emphasis.
+    return re.sub(r"([\\`*\[\]|#]|(?<!\w)_|_(?!\w))", r"\\\1", escaped)
 
 
-def _fenced(text: str, language: str) -> str:
+def code(text: str) -> str:
+    """Text as code on one line, whatever runs of backticks it has; fit for a table."""
+    one_line = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall(r"`+", one_line)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if "`" in one_line or not one_line else ""
+    return f"{fence}{space}{one_line}{space}{fence}"
+
+
+def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
