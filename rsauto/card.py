@@ -177,6 +177,8 @@ def _training_rows(subject: Subject) -> str:
         ("learning rate (A), lr_ratio (B/A)", f"{record.learning_rate:g}, {record.lr_ratio:g}"),
         *_rank_rows(record),
     ]
+    if record.init_scale is not None:
+        rows.append(("A drawn", f"{record.init_scale:.3g} times as wide as usual"))
     if record.head_learning_rate is not None:
         rows.append(("learning rate of the head", f"{record.head_learning_rate:g}"))
     clip = "none" if record.max_grad_norm is None else f"{record.max_grad_norm:g}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +197,17 @@ def main() -> None:
         for name in names:
             run(name, chosen.runs, chosen.reports, quick=chosen.quick, gsm8k=chosen.gsm8k)
         return
+    unread = []
     for name in names:
-        reading = read(name, chosen.reports)
+        try:
+            reading = read(name, chosen.reports)
+        except Exception as error:  # one study's records must not keep the others from being read
+            unread.append(f"{name}: {type(error).__name__}: {error}")
+            continue
         print(f"{name}: {'not run' if reading is None else reading.verdict}")
     write_text(chosen.reports / "README.md", summary(chosen.reports))
+    if unread:
+        sys.exit("could not be read:\n" + "\n".join(unread))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,11 @@ def _read_json(text: str, path: Path) -> list[Record]:
                 f'to_json(orient="records").'
             )
         value = lists[0]
+    if not isinstance(value, list):
+        raise InputError(
+            f"{path}: holds one {type(value).__name__}, but a list of rows is needed, such as "
+            f'[{{"prompt": "...", "completion": "..."}}].'
+        )
     bad = next((i for i, row in enumerate(value, 1) if not isinstance(row, dict)), None)
     if bad is not None:
         raise InputError(f"{path}: row {bad} is a {type(value[bad - 1]).__name__}, not an object.")

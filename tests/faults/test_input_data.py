@@ -52,6 +52,8 @@ HOSTILE = {
     ),
     "cut.jsonl": (GOOD[:-9], "line 30: not valid JSON"),
     "list.jsonl": (b"[1, 2]\n" * 30, "a row must be an object"),
+    "one number.json": (b"2", "holds one int"),
+    "null.json": (b" null ", "holds one NoneType"),
     "number.jsonl": (GOOD + b'{"prompt": ' + b"9" * 5000 + b"}", "line 31: not usable as JSON"),
     "nan.jsonl": (b'{"prompt": NaN, "completion": -Infinity}\n' * 30, "no value"),
     "surrogate.jsonl": (b'{"prompt": "a", "completion": "\\ud800"}\n' * 30, "half a surrogate"),
