@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_study import rows, write_model
 
 from rsauto.base import load_weights, open_base
 from rsauto.config import ModelConfig
 from rsauto.data.files import read_file
 from rsauto.errors import InputError
+from rsauto.exports.weights import _read
 from rsauto.memory.profiles import _decoded
+from rsauto.search.storage import open_storage
 from rsauto.training.checkpoints import read_checkpoint
 
 CPU = torch.device("cpu")
@@ -117,3 +121,20 @@ def test_caches_checkpoints_and_data_are_no_pickles(
             read_file(tmp_path / name)
     shutil.rmtree(step)
     assert not mark.exists() and rows(1)
+
+
+def test_adapters_and_journals_are_no_pickles(tmp_path: Path, mark: Path, planted: bytes) -> None:
+    adapter = tmp_path / "adapter"
+    LoraConfig(r=2, target_modules=["q_proj"]).save_pretrained(str(adapter))
+    for name in ("adapter_model.bin", "adapter_model.pt", "training_args.bin"):
+        (adapter / name).write_bytes(planted)
+    with pytest.raises(InputError, match="the adapter cannot be read"):
+        _read(adapter, None)
+    (adapter / "adapter_model.safetensors").write_bytes(planted)
+    with pytest.raises(InputError, match="the adapter cannot be read"):
+        _read(adapter, None)
+    for data in (planted, planted + b"\n", b"\x80\x04\x95\n"):
+        (tmp_path / "journal.log").write_bytes(data)
+        with suppress(InputError):
+            open_storage(None, tmp_path / "journal.log").get_all_studies()
+    assert not mark.exists()
