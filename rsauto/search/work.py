@@ -85,7 +85,7 @@ class Work:
         self._poll_seconds = poll_seconds
         self._begin_time = time.monotonic() if begin is None else begin
         self._must_wait = False
-        self._asked: tuple[object, object] = (None, None)
+        self._asked: tuple[object, ...] = (None, None, None)
         self._answer: TrialSpec | None = None
         self._told = {record.number for record in self.ledger.records()}
         self._recovered = self._heard = time.monotonic()
@@ -346,9 +346,9 @@ class Work:
             return None
         if not self._is_asynchronous and any(t.spec.role in REFERENCES for t in pending):
             return None  # everything after the defaults knows how they ended
-        if self._asked[0] is history and self._asked[1] is self.setup:
+        asked = (history, self.setup, self.ledger.lookahead)
+        if all(now is then for now, then in zip(asked, self._asked, strict=True)):
             return self._answer  # a search may take long to propose, and is asked at every step
-        asked = (history, self.setup)
         config, lookahead = self.config, self.ledger.lookahead or 1
         if self._is_asynchronous:
             config = self._with_own_seed(config)
