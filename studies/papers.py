@@ -51,7 +51,7 @@ class Entry:
 
 ENTRIES: dict[str, Entry] = {
     "rank-sweep": Entry(ranks.rank_sweep, "rsLoRA, figure 2"),
-    "rank-sweep-tuned": Entry(ranks.rank_sweep_tuned, "none, the fair version"),
+    "rank-sweep-tuned": Entry(ranks.rank_sweep_tuned, "none, the fair version", ("high",)),
     "gradient-norms": Entry(ranks.gradient_norms, "rsLoRA, figure 3"),
     "sgd-stability": Entry(ranks.sgd_stability, "rsLoRA, B.1"),
     "other-optimizer": Entry(ranks.other_optimizer, "rsLoRA, B.2", on_gsm8k=False),

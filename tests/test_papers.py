@@ -158,6 +158,7 @@ def test_the_fair_comparison_leaves_out_the_seed_that_chose_the_rates(
     reading = papers.ENTRIES["rank-sweep-tuned"].read({"": replace(made, records=tuple(lucky))})
     assert says in reading.measured
     assert "3 seeds" in reading.measured
+    assert "Best at the edge of the rates tried: LoRA at rank" in reading.measured
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from rsauto.records import TrialRecord
@@ -95,9 +95,8 @@ def _what_rank_buys(cells: Cells) -> tuple[Verdict, str]:
 
 def rank_sweep_tuned(arms: Arms) -> Reading:
     """The fair version of figure 2: there is a question, and no claim."""
-    study = arms[""]
-    cells = by_rank(study)
-    first = study.config.training.seed
+    cells = joined(by_rank(study) for study in arms.values())
+    first = arms[""].config.training.seed
     best = {key: _at_its_best_rate(records, first) for key, records in cells.items()}
     ranks = ranks_of(cells)
     rows = []
@@ -122,7 +121,7 @@ def rank_sweep_tuned(arms: Arms) -> Reading:
         f"{left.text()} at rank {top} ({left.num} seeds, paired): "
         + ("one seed has no interval." if left.num == 1 else told)
         + f" From rank {ranks[0]} to {top} the loss falls by {gains(fair, 'rsLoRA').text()} with "
-        f"rsLoRA and {gains(fair, 'LoRA').text()} with LoRA.",
+        f"rsLoRA and {gains(fair, 'LoRA').text()} with LoRA.{_at_an_edge(cells, best, first)}",
         criterion="An advantage is left where the 95 % interval of the paired difference at the "
         "top rank is below zero. Rates are chosen on the first seed, which is left out of the "
         "comparison.",
@@ -157,6 +156,25 @@ def _others(records: Sequence[TrialRecord], first: int) -> list[float]:
 def _at_its_best_rate(records: Sequence[TrialRecord], first: int) -> list[TrialRecord]:
     rate = min((r for r in records if r.seed == first), key=final_loss).learning_rate
     return [r for r in records if r.learning_rate == rate]
+
+
+def joined(parts: Iterable[Cells]) -> Cells:
+    """The records of several arms, cell by cell."""
+    found: dict[tuple[str, int], list[TrialRecord]] = {}
+    for cells in parts:
+        for key, records in cells.items():
+            found.setdefault(key, []).extend(records)
+    return found
+
+
+def _at_an_edge(cells: Cells, best: Cells, first: int) -> str:
+    """Where the best rate is the lowest or highest tried, so that a better one may lie beyond."""
+    found = []
+    for (name, rank), records in cells.items():
+        tried = sorted({r.learning_rate for r in records if r.seed == first})
+        if best[name, rank][0].learning_rate in (tried[0], tried[-1]):
+            found.append(f"{name} at rank {rank}")
+    return f" Best at the edge of the rates tried: {', '.join(found)}." if found else ""
 
 
 def _rates_table(cells: Cells, first: int) -> Table:
