@@ -279,5 +279,5 @@ def _made_once() -> Iterator[None]:
     """Around what changes the trials: where it fails in the middle it must not be tried again."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise RuntimeError(f"a step was made in part ({type(error).__name__})") from None
