@@ -82,7 +82,7 @@ class Pack:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._model.unseat()
+        self._model.clear()
 
     @property
     def has_room(self) -> bool:

@@ -105,7 +105,7 @@ def test_what_overflows_float16_is_a_number_in_the_advised_dtypes(tmp_path: Path
     [
         (
             {"vocab_size": 2000},
-            r"1 weights .* embed_tokens.weight is \(1024, 32\) and .* \(2000, 32\)",
+            r"1 weights .*embed_tokens.weight is \(1024, 32\) and .* \(2000, 32\)",
         ),
         ({"intermediate_size": 128}, r"6 weights of .* another shape than its config.json"),
         ({"num_hidden_layers": 0}, "it has no linear layers"),
