@@ -82,11 +82,11 @@ def _room_to(do: str) -> Iterator[None]:
     try:
         yield
     except NO_ROOM as error:
+        full = str(told(error)).rstrip(".")
         raise BudgetError(
-            f"memory_budget: out of memory while trying to {do}, so no trial was begun: "
-            f"{str(told(error)).rstrip('.')}. Stop what else uses the device and run the same command again, or "
-            "begin another study with a smaller model, a lower data.max_length or "
-            "model.quant_bits: 4."
+            f"memory_budget: out of memory while trying to {do}, so no trial was begun: {full}. "
+            "Stop what else uses the device and run the same command again, or begin another "
+            "study with a smaller model, a lower data.max_length or model.quant_bits: 4."
         ) from None
 
 
