@@ -82,7 +82,10 @@ class Pack:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._model.clear()
+        try:
+            self._model.unseat()
+        except NO_ROOM:  # for copies on the host; the base is left as it was all the same
+            self._model.clear()
 
     @property
     def has_room(self) -> bool:

@@ -34,7 +34,7 @@ LIMITS = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
 LARGE = 16384
 """A rank whose factors take 68 MiB, and 272 MiB with gradients and AdamW's moments."""
 
-ROOM_MIB = 64
+ROOM_MIB = 128
 
 STUDIES = [("VmData", "auto")]
 if "RSAUTO_FAULT_MOMENTS" in os.environ:  # whoever asks for more than the least
