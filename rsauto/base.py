@@ -136,7 +136,7 @@ def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) 
             revision=source.commit,
             dtype=source.dtype,
             attn_implementation=source.attn_implementation,
-            ignore_mismatched_sizes=source.task == "SEQ_CLS",
+            ignore_mismatched_sizes=True,  # told below, with their names
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -150,6 +150,7 @@ def load_weights(source: BaseSource, config: ModelConfig, device: torch.device) 
         at_fault = f"model.name: {config.name!r} cannot be loaded: {_first(error)}"
         raise InputError(words or at_fault) from error
     absent = _absent_parameters(model, found)
+    _require_shapes(config, model, found)
     _require_complete(config, model, absent)
     return LoadedBase(to_device(prepare(model, config.gradient_checkpointing), device), absent)
 
@@ -171,14 +172,30 @@ def _quantised_loading(
 
 def _absent_parameters(model: PreTrainedModel, found: dict[str, Any]) -> tuple[str, ...]:
     """Parameters that the checkpoint lacks, or has in another shape."""
-    other_shape = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
+    other_shape = {key[0] for key in found["mismatched_keys"]}
     absent = set(found["missing_keys"]) | other_shape
     return tuple(name for name, _ in model.named_parameters() if name in absent)
 
 
+def _require_shapes(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    other = sorted(key for key in found["mismatched_keys"] if not _is_of_head(model, key[0]))
+    if other:
+        name, saved, asked = other[0]
+        raise InputError(
+            f"model.name: {len(other)} weights of {config.name!r} have another shape than its "
+            f"config.json says: {name} is {tuple(saved)} and should be {tuple(asked)}. They do not "
+            "belong together; save_pretrained of the model writes both."
+        )
+
+
+def _is_of_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight belongs to a classifier's head, which every study draws anew."""
+    heads = tuple(f"{head}." for head in head_module_names(model))
+    return name.startswith(heads or "no head")
+
+
 def _require_complete(config: ModelConfig, model: PreTrainedModel, absent: tuple[str, ...]) -> None:
-    heads = tuple(f"{name}." for name in head_module_names(model))
-    needed = [name for name in absent if not name.startswith(heads or "no head")]
+    needed = [name for name in absent if not _is_of_head(model, name)]
     if needed:
         raise InputError(
             f"model.name: the checkpoint of {config.name!r} lacks {len(needed)} weights of a "

@@ -65,7 +65,7 @@ class PackedModel:
                 allocates = table[0].config is not None
                 self._allocations.append(StackAllocation(stack, table) if allocates else None)
         except BaseException:
-            self._clear()
+            self.clear()
             raise
         self.tables = tables
         for trial in self.trials:
@@ -80,7 +80,16 @@ class PackedModel:
             trial.fields, trial.gamma = now.fields, now.gamma
             trial.alive, trial.active = now.alive, now.active
             trial.ranks, trial.num_alive = now.ranks, now.num_alive
-        self._clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Gives the base its layers; what the trials have learnt while seated is lost.
+
+        Needs no memory, so that a base without room for copies is still left as it was.
+        """
+        self._take_off()
+        self.tables, self._allocations = [], []
+        self.seating.stacks = []
 
     def snapshot(self, trial: TrialTensors) -> TrialTensors:
         """A trial's tensors as they are now, on the host."""
@@ -240,11 +249,6 @@ class PackedModel:
             self.base.set_submodule(name, layer)
         self._replaced = {}
 
-    def _clear(self) -> None:
-        self._take_off()
-        self.tables, self._allocations = [], []
-        self.seating.stacks = []
-
     def _seat_of(self, trial: TrialTensors) -> tuple[int, int] | None:
         """Stack and row, None where the trial is not seated."""
         for index, table in enumerate(self.tables):
@@ -279,5 +283,5 @@ def _made_once() -> Iterator[None]:
     """Around what changes the trials: where it fails in the middle it must not be tried again."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise RuntimeError(f"a step was made in part ({type(error).__name__})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -55,23 +56,29 @@ class Books:
 
         One that was given to another worker, because this one was taken for dead, ends, too.
         """
+        harm = self.harm(curve)
+        value = self.objective.value(curve[-1])
         try:
-            self.ledger.report(trial, self.objective.value(curve[-1]), curve[-1].step)
+            # Optuna takes what is no number for a fault of whoever tells it.
+            if math.isfinite(value):
+                self.ledger.report(trial, value, curve[-1].step)
         except UpdateFinishedTrialError:
             return Ending("pruned")
-        harm = self.harm(curve)
         if harm is not None:
             return harm
         ends = gives_up(self.setup.config, self.objective, spec, curve, known)
         return Ending("pruned") if ends else None
 
     def harm(self, curve: list[EvalPoint]) -> Ending | None:
-        """The end of a trial that has made the model worse than it was."""
+        """The end of a trial that has made the model worse than it was, or no number of it."""
+        step, value = curve[-1].step, self.objective.value(curve[-1])
+        if not math.isfinite(value):
+            return Ending("diverged", f"step {step}: {self.objective.name} {value}")
         if not is_harmful(self.objective, curve):
             return None
         return Ending(
             "diverged",
-            f"step {curve[-1].step}: validation loss {curve[-1].eval_loss:.4g}, the untouched "
+            f"step {step}: validation loss {curve[-1].eval_loss:.4g}, the untouched "
             f"model's is {self.objective.untouched_loss:.4g}",
         )
 

@@ -186,13 +186,12 @@ class StudyRun:
             try:
                 for _ in run.steps():
                     self.books.stop_if_asked()
+                run.save(*self.books.place_of(record))
             except (OutOfMemory, Diverged) as error:
                 raise StudyInterrupted(
                     f"The adapter of trial {record.number} is no longer there, and training it "
                     f"again failed: {error}. The records are complete; try the same command again."
                 ) from None
-            folder, card = self.books.place_of(record)
-            run.save(folder, card)
 
     def _describe(self, bench: Bench) -> Bench:
         """Measures the untouched model once, and writes environment.json."""

@@ -83,7 +83,7 @@ def plan_packs(setup: Setup, bench: Bench, specs: Sequence[TrialSpec], most: int
     except NotPackableError as error:
         return PackPlan(size=1, reason=str(error))
     except Exception as error:  # alone they may well run, and tell what is wrong if not
-        full = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        full = is_out_of_memory(error)
         reason = "the device had no room for more" if full else f"{type(error).__name__}: {error}"
         return PackPlan(size=1, reason=f"a short probe of packs failed: {reason}")
 

@@ -13,7 +13,7 @@ from rsauto.memory.kinds import Prediction
 from rsauto.records import Outcome, TrialRecord, TrialSpec
 from rsauto.search.agenda import num_settled
 from rsauto.search.attempts import Attempt
-from rsauto.search.books import Books
+from rsauto.search.books import Books, Ending
 from rsauto.search.events import Event, PackShrank, TrialSettled, TrialStarted, TrialStep
 from rsauto.search.history import Settled
 from rsauto.search.pack_size import PackPlan
@@ -233,7 +233,8 @@ class PackRun:
         assert advance.point is not None, "a step gives a point or an error"
         yield TrialStep(running.number, member.spec, advance.point, None)
         if member.is_finished:
-            yield from self._end(running, "complete")
+            harm = self.books.harm(member.curve)
+            yield from self._end(running, *(harm or Ending("complete")))
         elif advance.point.evaluation is not None:
             known: Settled = () if self._stops_at_rung(member) else entrant.known
             ending = self.books.report(entrant.trial, member.spec, member.curve, known)
@@ -254,7 +255,9 @@ class PackRun:
             folder, card = self.books.place_of(record)
             try:
                 num_bytes = self._pack.save(running.member, folder, card)
-            except OutOfMemory:
+            except OSError:
+                raise  # a disk without room is the study's matter
+            except Exception:  # whatever it is, alone it may be saved, or will tell
                 self._put_back([running])
                 return
             record = replace(record, adapter_bytes=num_bytes)

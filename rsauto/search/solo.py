@@ -30,11 +30,23 @@ def run_alone(
         outcome, error = yield from _train(books, trial, run, known)
         record = trial_record(trial.number, run, spec, prediction, outcome, error)
         if outcome == "complete":
-            folder, card = books.place_of(record)
-            record = replace(record, adapter_bytes=run.save(folder, card))
+            record = _saved(books, run, record)
         record = books.settle(trial, record)
     books.keep_adapters()
     return record
+
+
+def _saved(books: Books, run: Trial, record: TrialRecord) -> TrialRecord:
+    """The record of a trial whose adapter is written; where it cannot be, that is its outcome."""
+    folder, card = books.place_of(record)
+    try:
+        return replace(record, adapter_bytes=run.save(folder, card))
+    except OutOfMemory as full:
+        return replace(record, outcome="oom", error=str(full))
+    except OSError:
+        raise  # a disk without room is the study's matter
+    except Exception as bug:  # one faulty trial must not end the study
+        return replace(record, outcome="failed", error=f"{type(bug).__name__}: {bug}")
 
 
 def _train(

@@ -117,7 +117,7 @@ def train(
                 untouched_general_loss=untouched_general_loss,
                 spread=spread,
             )
-            require_finite(step, found.eval_loss, "validation loss")
+            require_finite_losses(step, found)
             evaluation = eval_point(step, found, losses, norms)
             losses, norms = [], []
         yield StepPoint(
@@ -212,6 +212,13 @@ def require_finite(step: int, value: float, name: str = "loss") -> None:
     """Raises Diverged for NaN and infinities."""
     if not math.isfinite(value):
         raise Diverged(f"step {step}: {name} {value}")
+
+
+def require_finite_losses(step: int, found: Evaluation) -> None:
+    """Raises Diverged where an evaluation has a loss that is no finite number."""
+    require_finite(step, found.eval_loss, "validation loss")
+    if "general_loss" in found.metrics:
+        require_finite(step, found.metrics["general_loss"], "loss on the general text")
 
 
 def set_learning_rate(optimizer: Optimizer, spec: TrialSpec, step: int) -> None:

@@ -15,7 +15,13 @@ from rsauto.records import ActivationMoments, EvalPoint, StepPoint, TrialSpec
 from rsauto.training.evaluate import Evaluation
 from rsauto.training.flops import linear_weights
 from rsauto.training.log import Log
-from rsauto.training.loop import Diverged, cut, eval_point, require_finite
+from rsauto.training.loop import (
+    Diverged,
+    cut,
+    eval_point,
+    require_finite,
+    require_finite_losses,
+)
 from rsauto.training.schedule import evaluation_steps, rate_multiplier, warmup_steps
 from rsauto.training.trial import OutOfMemory
 
@@ -99,7 +105,7 @@ class Member:
         self._norms.append(norms.mean)
         evaluation = None
         if found is not None:
-            require_finite(step, found.eval_loss, "validation loss")
+            require_finite_losses(step, found)
             evaluation = eval_point(step, found, self._losses, self._norms)
             self._losses, self._norms = [], []
             self.curve.append(evaluation)

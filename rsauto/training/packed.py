@@ -31,7 +31,8 @@ from rsauto.training.evaluate import Evaluation, evaluate_trials, watching
 from rsauto.training.loop import Diverged, with_general_loss
 from rsauto.training.loss import count_targets_of_trials, cross_entropy_of_trials
 from rsauto.training.member import Advance, Member
-from rsauto.training.trial import Bench, OutOfMemory, is_out_of_memory, put_on_adapter
+from rsauto.training.out_of_memory import NO_ROOM, OutOfMemory, told
+from rsauto.training.trial import Bench, put_on_adapter
 
 T = TypeVar("T")
 
@@ -81,7 +82,10 @@ class Pack:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._model.unseat()
+        try:
+            self._model.unseat()
+        except NO_ROOM:  # for copies on the host; the base is left as it was all the same
+            self._model.clear()
 
     @property
     def has_room(self) -> bool:
@@ -109,8 +113,8 @@ class Pack:
                 finally:
                     remove_adapter(adapted)
                 self._require_rows({key.module for key in member.tensors.values})
-            except RuntimeError as error:
-                raise _told(error) from None
+            except NO_ROOM as error:
+                raise told(error) from None
         self.members.append(member)
         return member
 
@@ -155,10 +159,10 @@ class Pack:
         """Writes the adapter as plain LoRA of scale 1; returns its bytes. Raises OutOfMemory."""
         try:
             return self._saved(member, folder, card)
-        except RuntimeError as error:
-            told = _told(error)
+        except NO_ROOM as error:
+            full = told(error)
         if not self._model.trials:
-            raise told
+            raise full
         self._model.unseat()  # an adapter of its own may need the room
         return self.save(member, folder, card)
 
@@ -238,8 +242,8 @@ class Pack:
         try:
             self._choose([member.tensors for member in members])
             return dict(zip(members, self._evaluations(len(members)), strict=True))
-        except RuntimeError as error:
-            told = _told(error)
+        except NO_ROOM as error:
+            full = told(error)
         finally:
             self._model.choose(None)
         if len(members) > 1:
@@ -248,7 +252,7 @@ class Pack:
         if len(self._model.trials) > 1:
             self._model.unseat()  # the tensors of the others may be what takes the room
             return self._evaluated(members)
-        return {members[0]: told}
+        return {members[0]: full}
 
     def _choose(self, trials: Sequence[TrialTensors]) -> None:
         """Lets some trials take part in what follows; where they are not seated, only they are."""
@@ -328,10 +332,10 @@ class Pack:
         while True:
             try:
                 return step()
-            except RuntimeError as error:
-                told = _told(error)
+            except NO_ROOM as error:
+                full = told(error)
             if len(self.members) == 1:
-                raise told
+                raise full
             self.capacity = len(self.members) // 2
             self.parked = [*self.members[self.capacity :], *self.parked]
             self.members = self.members[: self.capacity]
@@ -377,10 +381,3 @@ def _clip(norm: float, max_norm: float | None) -> float:
     if max_norm is None or not math.isfinite(norm):
         return 1.0
     return min(1.0, max_norm / (norm + 1e-6))
-
-
-def _told(error: RuntimeError) -> OutOfMemory:
-    """Its text only, so that nothing of the step stays alive. Raises it where it is another."""
-    if not is_out_of_memory(error):
-        raise error
-    return OutOfMemory(str(error).split("\n")[0])

@@ -34,6 +34,7 @@ from rsauto.training.flops import training_flops
 from rsauto.training.log import Log
 from rsauto.training.loop import Done, evaluate_all, train
 from rsauto.training.moments import activation_moments
+from rsauto.training.out_of_memory import NO_ROOM, told
 from rsauto.training.out_of_memory import OutOfMemory as OutOfMemory
 from rsauto.training.out_of_memory import is_out_of_memory as is_out_of_memory
 from rsauto.training.spread import ALONE, Spread
@@ -129,11 +130,8 @@ class Trial:
                 self._is_awaited = False
                 if not spread.goes_on(True):
                     return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            # Its text only: whoever keeps this error need not keep a driver's traceback.
-            raise OutOfMemory(str(error).split("\n")[0]) from None
+        except NO_ROOM as error:
+            raise told(error) from None
 
     def _prepare(self) -> None:
         """Puts the adapter on and builds what trains it."""
@@ -243,16 +241,17 @@ class Trial:
             return evaluate(
                 self._adapted, examples, batch_size=batch_size, pad_token_id=pad, device=device
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(str(error).split("\n")[0]) from None
+        except NO_ROOM as error:
+            raise told(error) from None
 
     def save(self, folder: Path, card: str) -> int:
-        """Writes the adapter as plain LoRA of scale 1; returns its bytes."""
+        """Writes the adapter as plain LoRA of scale 1; returns its bytes. Raises OutOfMemory."""
         assert self._adapted is not None, "a trial is saved while it is open, after training"
         base_name = self.bench.base_name
-        return export_lora(self._adapted, folder, base_name=base_name, card=card).num_bytes
+        try:
+            return export_lora(self._adapted, folder, base_name=base_name, card=card).num_bytes
+        except NO_ROOM as error:
+            raise told(error) from None
 
     @property
     def measured_peak_bytes(self) -> int | None:
