@@ -39,7 +39,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str) and not error.filename.endswith(".partial"):
+        named = error.filename  # a name that ends with the error is of no use to the user
+        if isinstance(named, str) and ".partial" not in named:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rsauto import study_file
-from rsauto.atomic import beside, clear_leftovers, put_in_place, write_text
+from rsauto.atomic import beside, clear_leftovers, naming, put_in_place, write_text
 from rsauto.config import StudyConfig, differences
 from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError
@@ -169,8 +169,12 @@ class StudyFolder:
         clear_leftovers(target)
         partial = beside(target, "partial")
         try:
-            shutil.copytree(self.adapter(number), partial)
-            put_in_place(partial, target)
+            with naming(target):
+                partial.mkdir()
+                # One by one: the error of shutil.copytree does not say that the disk is full.
+                for file in sorted(self.adapter(number).iterdir()):
+                    shutil.copyfile(file, partial / file.name)
+                put_in_place(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
