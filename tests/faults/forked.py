@@ -44,12 +44,14 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 """Audit events beside `open` before which a study's folder may be about to change."""
 
 
-def tiny(folder: Path, **changes: Any) -> StudyConfig:
-    """A study of a few seconds: refused ranks, a default, an opening, a few proposals."""
-    values = study_values(folder, trials=4)
-    values["training"] |= {"steps": 2, "num_evals": 2}
-    values["packing"] = {"trials": 1}
-    return validate(values | changes)
+def tiny(folder: Path, packed: int = 1, **search: Any) -> StudyConfig:
+    """A study of a few seconds: refused ranks, defaults, what opens a search."""
+    values = study_values(folder, **{"trials": 4, **search})
+    values["training"] |= {"steps": 2 if packed == 1 else 8, "num_evals": 2}
+    values["packing"] = {"trials": packed}
+    if packed > 1:
+        values["pack_memory_budget"] = "1GiB"
+    return validate(values)
 
 
 def run_to(config: StudyConfig, out: Path, stage: str | None = None) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import Undisturbed, in_child, require_equal, run_to, tiny
+from forked import REPORT, Undisturbed, in_child, require_equal, run_to, tiny
 from tiny_study import environment, records
 
 from rsauto.config import StudyConfig
+from rsauto.search import pack_size
 
 
 def weights_in(out: Path) -> dict[str, bytes]:
@@ -22,8 +23,8 @@ def weights_in(out: Path) -> dict[str, bytes]:
     }
 
 
-def repeated(config: StudyConfig, out: Path) -> Path:
-    code, said = in_child(lambda: run_to(config, out), out.with_suffix(".log"))
+def repeated(config: StudyConfig, out: Path, stage: str | None = None) -> Path:
+    code, said = in_child(lambda: run_to(config, out, stage), out.with_suffix(".log"))
     assert code == 0, said
     return out
 
@@ -45,10 +46,16 @@ def test_a_process_of_its_own_gives_the_same_records_and_adapters(
     assert weights_in(out) == weights_in(undisturbed.out)
 
 
-def test_packs_of_equal_size_give_the_same_records(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "study", packing={"trials": 3})
-    one, other = (repeated(config, tmp_path / name) for name in ("one", "other"))
-    assert {record["pack_size"] for record in records(one)} > {None}, "some ran in a pack"
+def test_packs_of_equal_size_give_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many are trained together is found by the clock; equal K is what the promise is about."""
+    monkeypatch.setattr(pack_size, "_seconds_alone", lambda *_: 1.0)
+    monkeypatch.setattr(pack_size, "_seconds_packed", lambda *_: 1.0)
+    grid = {"rank": [2, 4], "alpha": [8], "learning_rate": [1e-3, 1e-2]}
+    config = tiny(tmp_path / "study", packed=3, trials=6, strategy="grid", pruner="none", **grid)
+    one, other = (repeated(config, tmp_path / name, REPORT) for name in ("one", "other"))
+    assert max(record["pack_size"] or 1 for record in records(one)) == 3
     require_equal(one, other, set())
     assert weights_in(one) == weights_in(other)
 
@@ -57,7 +64,8 @@ def test_another_seed_gives_other_records(undisturbed: Undisturbed, tmp_path: Pa
     """So that the comparison can fail."""
     config = undisturbed.config
     training = config.training.model_copy(update={"seed": config.training.seed + 1})
-    out = repeated(config.model_copy(update={"training": training}), tmp_path / "out")
+    other = config.model_copy(update={"training": training})
+    out = repeated(other, tmp_path / "out", REPORT)
     with pytest.raises(AssertionError, match="eval_loss"):
         require_equal(out, undisturbed.out, {"seed"})
 
