@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_ledger import journal_ledger, settle, spec_of
@@ -20,11 +24,11 @@ FLIPS = 400
 
 
 @pytest.fixture
-def journal(tmp_path: Path, record_of: object) -> Path:
+def journal(tmp_path: Path, record_of: Callable[..., TrialRecord]) -> Path:
     ledger = journal_ledger(tmp_path)
     for rank in (4, 8, 16):
         trial, spec = ledger.begin_new(spec_of(rank))
-        settle(ledger, trial, record_of(spec, trial.number, 1.5, "complete"))  # type: ignore[operator]
+        settle(ledger, trial, record_of(spec, trial.number, 1.5, "complete"))
     return tmp_path / "journal.log"
 
 
@@ -56,7 +60,7 @@ def test_a_flipped_bit_in_the_journal_is_named_or_changes_nothing(journal: Path)
 
 
 def test_a_journal_without_checksums_is_read_and_goes_on_with_them(journal: Path) -> None:
-    """As versions before 0.2 and Optuna itself write it."""
+    """As older versions and Optuna itself write it."""
     sealed_lines = journal.read_bytes().splitlines()
     bare = [line[: line.rindex(b',"crc32":"')] + b"}\n" for line in sealed_lines]
     expected = records_of(journal_ledger(journal.parent))
@@ -66,6 +70,14 @@ def test_a_journal_without_checksums_is_read_and_goes_on_with_them(journal: Path
     ledger.set_attribute("more", 1)
     assert b'"crc32":"' in journal.read_bytes().splitlines()[-1]
     assert journal_ledger(journal.parent).attributes()["more"] == 1
+
+
+def test_optuna_itself_reads_and_writes_it(journal: Path) -> None:
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.load_study(study_name="tiny", storage=storage)
+    assert len(study.trials) == 3
+    study.set_user_attr("by", "optuna")
+    assert journal_ledger(journal.parent).attributes()["by"] == "optuna"
 
 
 def test_entries_of_no_known_form_are_damage_too(journal: Path) -> None:

@@ -146,6 +146,20 @@ def test_killed_while_it_writes_it_goes_on(watched: Watched, tmp_path: Path) -> 
     assert not problems, "\n".join(problems)
 
 
+def test_a_rank_that_was_just_being_refused_is_recorded_once(
+    watched: Watched, tmp_path: Path
+) -> None:
+    """It waits to be run again, and is a rank without a record, too."""
+    begun = [
+        image
+        for _, image in watched.moments
+        if (image / "journal.log").exists()
+        and b'"spec"' in (image / "journal.log").read_bytes()
+        and not settled_in(image)
+    ]
+    require_goes_on(watched.undisturbed, copied(begun[1], tmp_path / "out"), REPORT)
+
+
 def test_killed_at_any_moment_it_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
     problems = list(kill_at_random(undisturbed, MOMENTS // 2, tmp_path, seed=1))
     assert not problems, "\n".join(problems)
