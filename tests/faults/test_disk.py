@@ -182,7 +182,7 @@ def test_what_can_be_made_again_is(undisturbed: Undisturbed, tmp_path: Path) -> 
         damage(weights, -3)
     require_continued(undisturbed.config, out)
     require_equal(out, undisturbed.out, set())
-    require_sound(out)
+    require_sound(out, has_report=True)
     for name in ("best", "recommended"):
         ours, theirs = (f / name / "adapter_model.safetensors" for f in (out, undisturbed.out))
         assert ours.read_bytes() == theirs.read_bytes(), name
