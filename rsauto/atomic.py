@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,17 +17,32 @@ import psutil
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data``: a reader sees the old file or the new one, never a part.
 
-    Raises OSError when the disk refuses; the old file is then untouched.
+    Raises OSError, which names ``path``, when the disk refuses; the old file is then untouched.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    clear_leftovers(path)
+    partial = beside(path, "partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path):
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says of an OSError which file it was about: that of a full disk does not know."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename  # a name that ends with the error is of no use to the user
+        if isinstance(named, str) and ".partial" not in named:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A hidden name next to ``path`` that no other process has, for a folder being replaced."""
+    """A hidden name next to ``path`` that no other process has, for what is to take its place."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{ending}")
 
 
@@ -53,19 +70,21 @@ def put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Removes what killed processes of this host left `beside` a folder.
+def clear_leftovers(path: Path) -> None:
+    """Removes what killed processes of this host left `beside` a file or folder.
 
     A folder that was renamed, and to whose place the new one never came, is put back. Those of
     other hosts are let be: whether a process lives there is not known here.
     """
     host = re.escape(socket.gethostname())
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.{host}\.(\d+)\.(partial|old)")
-    for entry in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{host}\.(\d+)\.(partial|old)")
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*"):
         found = pattern.fullmatch(entry.name)
         if found is None or psutil.pid_exists(int(found[1])):
             continue
-        if found[2] == "old" and not folder.exists():
-            os.replace(entry, folder)
-        else:
+        if found[2] == "old" and not path.exists():
+            os.replace(entry, path)
+        elif entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

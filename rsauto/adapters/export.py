@@ -17,13 +17,13 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from rsauto.adalora.layer import SvdLayer, svd_layers
 from rsauto.adapters.lora import ADAPTER_NAME, short_target_names
-from rsauto.atomic import beside, clear_leftovers, put_in_place, write_bytes
+from rsauto.adapters.sealed import sealed
+from rsauto.atomic import beside, clear_leftovers, naming, put_in_place, write_bytes
 
 Folded = dict[str, tuple[Tensor, Tensor]]
 """Name of a module to (A, B), (r x d_in) and (d_out x r) in float32: Delta W = B A."""
@@ -103,12 +103,13 @@ def write_adapter(
     try:
         weights = partial / "adapter_model.safetensors"
         # Serialised first and written by us: a full disk is then an OSError like any other.
-        write_bytes(weights, save(tensors, metadata={"format": "pt"}))
-        config.save_pretrained(str(partial))
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        num_bytes = weights.stat().st_size
-        put_in_place(partial, folder)
+        write_bytes(weights, sealed(tensors))
+        with naming(folder):
+            config.save_pretrained(str(partial))
+            if card:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            num_bytes = weights.stat().st_size
+            put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rsauto.adapters.export import Folded, lora_tensors, padded_factors, write_adapter
+from rsauto.adapters.sealed import load_sealed
 from rsauto.adapters.stock_adalora import stock_config
 from rsauto.errors import InputError
 from rsauto.exports.adapter_config import require_plain_lora
@@ -103,7 +103,7 @@ def _read(folder: Path, record: dict[str, Any] | None) -> Saved:
     try:
         require_plain_lora(folder / "adapter_config.json")
         config = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_sealed(folder / "adapter_model.safetensors")
     except (
         OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError
     ) as error:  # fmt: skip

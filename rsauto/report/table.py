@@ -307,7 +307,10 @@ def _line_problem(path: Path, number: int, error: ValueError, *, is_cut_off: boo
             f"{path} line {number} is cut off: its writer was interrupted. Continue the study with "
             "the same command, which writes the file anew, or delete that line"
         )
-    return f"{path} line {number} is not a trial record: {error}"
+    return (
+        f"{path} line {number} is not a trial record: {error}. The command that continues the "
+        "study writes the file anew from the study's storage"
+    )
 
 
 def _read_text(path: Path) -> str:

@@ -82,7 +82,7 @@ def _led_events(
         open_storage(storage, folder.journal_file)  # a wrong URL is told before a folder is made
     if stop.requested:
         raise StudyInterrupted("Stopped before anything was started; the same command begins.")
-    with folder.locked(), disk_errors(folder):
+    with disk_errors(folder), folder.locked():
         run = StudyRun(config, setup, folder, storage, stop, crew, begin)
         try:
             yield from run.events()
@@ -214,6 +214,8 @@ class StudyRun:
     def _record_ranks_that_do_not_fit(self) -> None:
         """One record for every rank of the space that the budget rules out, with what it needs."""
         known = {record.rank for _, record in self.ledger.settled()}
+        # One that a killed process was about to refuse waits to be run again.
+        known |= {spec.rank for spec in self.ledger.unfinished_specs()}
         fitting = self.setup.space.ranks
         for rank in self.config.search.ranks:
             if not fitting or rank in fitting or rank in known:
@@ -232,6 +234,6 @@ def disk_errors(folder: StudyFolder) -> Iterator[None]:
         if error.errno not in _DISK_ERRNOS:
             raise
         raise StudyInterrupted(
-            f"{folder.path}: cannot be written: {error.strerror}. Settled trials are safe; make "
-            "room or put the permissions right, and run the same command again."
+            f"{error.filename or folder.path}: cannot be written: {error.strerror}. Settled trials "
+            "are safe; make room or put the permissions right, and run the same command again."
         ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rsauto import study_file
-from rsauto.atomic import write_text
+from rsauto.atomic import beside, clear_leftovers, naming, put_in_place, write_text
 from rsauto.config import StudyConfig, differences
 from rsauto.enclosed import require_enclosed
 from rsauto.errors import InputError
@@ -53,7 +53,7 @@ class StudyFolder:
             raise InputError(f"--out {self.path}: is a file, not a folder. Choose another --out.")
         if self.config_file.exists():
             self._check_same_study(config)
-        elif self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+        elif self.path.is_dir() and not self._is_begun():
             raise InputError(
                 f"--out {self.path}: the folder is not empty and holds no study. "
                 "Choose another --out, or empty it."
@@ -61,6 +61,16 @@ class StudyFolder:
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"--out {self.path}: no permission to write in {parent}.")
+
+    def _is_begun(self) -> bool:
+        """Whether all that is there was made by a study: before study.yaml, or it was removed.
+
+        Whether it is this study is then for its storage to say.
+        """
+        if self.id_file.exists() or self.journal_file.exists():
+            return True
+        hidden = (".lock", f".{self.id_file.name}.", f".{self.journal_file.name}.")
+        return all(entry.name.startswith(hidden) for entry in self.path.iterdir())
 
     def _check_same_study(self, config: StudyConfig) -> None:
         changed = changed_settings(study_file.load(self.config_file), config)
@@ -156,9 +166,15 @@ class StudyFolder:
     def publish_adapter(self, number: int, name: str) -> Path:
         """Copies a trial's adapter to ``best`` or ``recommended``, all or nothing."""
         target = self.path / name
-        partial = self.path / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(self.adapter(number), partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        clear_leftovers(target)
+        partial = beside(target, "partial")
+        try:
+            with naming(target):
+                partial.mkdir()
+                # One by one: the error of shutil.copytree does not say that the disk is full.
+                for file in sorted(self.adapter(number).iterdir()):
+                    shutil.copyfile(file, partial / file.name)
+                put_in_place(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return target

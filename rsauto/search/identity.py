@@ -91,18 +91,23 @@ def fingerprints_of(setup: Setup) -> dict[str, str]:
 def require_nothing_lost(folder: StudyFolder, ledger: Ledger) -> None:
     """Refuses to go on where trials.jsonl has trials that the ledger lacks.
 
-    They would be run again and their records overwritten. Raises InputError.
+    They would be run again and their records overwritten. Lines that cannot be read are no sign of
+    that, as long as the ledger has as many records: it is from there that they are written anew.
+    Raises InputError.
     """
     if not folder.records_file.exists():
         return
     settled = {record.number for record in ledger.records()}
-    lines = folder.records_file.read_text(encoding="utf-8").splitlines()
-    lost = [number for number in map(_number, lines) if number not in settled]
-    if lost:
+    lines = folder.records_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    numbers = [_number(line) for line in lines]
+    lost = [n for n in numbers if n is not None and n not in settled]
+    num_lost = len(lost) or max(0, len(numbers) - len(settled))
+    if num_lost:
         raise InputError(
-            f"--out {folder.path}: trials.jsonl has {len(lost)} trials that the study's storage "
+            f"--out {folder.path}: trials.jsonl has {num_lost} trials that the study's storage "
             "lacks. Give the --storage this study was begun with, bring journal.log back, or "
-            "choose another --out to begin anew."
+            "choose another --out to begin anew. Where it is trials.jsonl that is damaged, remove "
+            "it: it is written anew from the storage."
         )
 
 

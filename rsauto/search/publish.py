@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from rsauto.adapters.sealed import load_sealed
 from rsauto.config import StudyConfig
+from rsauto.exports.adapter_config import require_plain_lora
 from rsauto.records import TrialRecord
 from rsauto.report.page import write_report
 from rsauto.report.verdict import judge
@@ -19,13 +24,26 @@ def publish(
     environment: dict[str, Any],
     train_again: Callable[[TrialRecord], None],
 ) -> None:
-    """Writes best/ and recommended/, and the report. An adapter no longer there is made again."""
+    """Writes best/ and recommended/, and the report.
+
+    An adapter that is no longer there, or not as it was written, is made again.
+    """
     folder.write_records(records)
     verdict = judge(config, records, environment)
     for name, chosen in (("best", verdict.best), ("recommended", verdict.recommended)):
         if chosen is None:
             continue
-        if not (folder.adapter(chosen.number) / "adapter_config.json").is_file():
+        if not _is_whole(folder.adapter(chosen.number)):
             train_again(chosen)
         folder.publish_adapter(chosen.number, name)
     write_report(folder.path)
+
+
+def _is_whole(adapter: Path) -> bool:
+    """Whether it is there as it was written, as far as its configuration and weights tell."""
+    try:
+        require_plain_lora(adapter / "adapter_config.json")
+        load_sealed(adapter / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return False
+    return True

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy.exc import SQLAlchemyError
 
 from rsauto.errors import InputError, StudyInterrupted
+from rsauto.search.journal import Journal
 from rsauto.storage_url import shown, without_secrets
 
 T = TypeVar("T")
@@ -45,24 +41,19 @@ def open_storage(
     url: str | None, journal: Path, *, heartbeat_seconds: int = HEARTBEAT_SECONDS
 ) -> BaseStorage:
     """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
+    if url is None:
+        return _journal_storage(journal)
     try:
-        if url is None:
-            return _journal_storage(journal)
         address = driver_url(url)
         return _again(lambda: _database(address, heartbeat_seconds), OPENING_PAUSES)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{journal}: the journal is damaged ({error}). Bring back a copy of it, or choose "
-            "another --out to begin anew; trials.jsonl still holds the records."
-        ) from None
     except InputError:
         raise
     except (
         SQLAlchemyError, StorageInternalError, ImportError, ValueError, TypeError, OSError
     ) as error:  # fmt: skip
-        reason = without_secrets(str(error.__cause__ or error), url or "").strip().split("\n")[0]
+        reason = without_secrets(str(error.__cause__ or error), url).strip().split("\n")[0]
         raise InputError(
-            f"--storage {shown(url) if url else journal}: the study storage cannot be opened: "
+            f"--storage {shown(url)}: the study storage cannot be opened: "
             f"{reason}. Give a database URL such as postgresql://user@host/name or "
             "sqlite:///file.db."
         ) from None
@@ -123,54 +114,19 @@ def _again(call: Callable[[], T], pauses: Sequence[float]) -> T:
     return call()
 
 
-class JournalLock(BaseJournalFileLock):
-    """One writer of a journal at a time.
-
-    Optuna's own locks are files that stay behind when their holder is killed; this one the kernel
-    gives back at once. Whoever has it finds a journal whose last line is whole.
-    """
-
-    def __init__(self, journal: Path) -> None:
-        self._journal = journal
-        self._path = journal.with_name(f".{journal.name}.writer")
-        self._file: BufferedRandom | None = None
-
-    def acquire(self) -> bool:
-        self._file = open(self._path, "a+b")  # closed by `release`
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        drop_torn_line(self._journal)
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
 def _journal_storage(journal: Path) -> BaseStorage:
-    journal = journal.resolve()
-    lock = JournalLock(journal)
-    lock.acquire()  # which mends the journal
-    lock.release()
-    backend: BaseJournalBackend = JournalFileBackend(str(journal), lock_obj=lock)
-    return JournalStorage(backend)
-
-
-def drop_torn_line(journal: Path) -> None:
-    """Cuts off a last line that was not written to its end. Only for who holds the lock.
-
-    A full disk or a power cut can leave half an entry. Optuna leaves it unread, but would write the
-    next one right behind it, and neither could be read again.
-    """
-    if not journal.exists():
-        return
-    with open(journal, "r+b") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+    try:
+        return JournalStorage(Journal(journal.resolve()))
+    except (KeyError, AssertionError) as error:  # of an entry that has no checksum yet
+        raise InputError(
+            f"{journal}: the journal is damaged ({error!r}). Bring back a copy of it, or choose "
+            "another --out to begin anew; trials.jsonl still holds the records."
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or journal}: cannot be read and written: {error.strerror}. Make room "
+            "or put the permissions right, and run the same command again."
+        ) from None
 
 
 class JournalUsers:
