@@ -40,7 +40,7 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = error.filename  # a name that ends with the error is of no use to the user
-        if isinstance(named, str) and ".partial" not in named:
+        if error.errno is None or (isinstance(named, str) and ".partial" not in named):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -267,7 +267,8 @@ class Code(str):
 
 def _cell(value: Any) -> str:
     """Names of classes, layers and files are other people's: nothing in them is markup."""
-    return code(value) if isinstance(value, Code) else inline(str(value))
+    # A table ends its cells at every bar, those of code too.
+    return code(value).replace("|", "\\|") if isinstance(value, Code) else inline(str(value))
 
 
 def loading_code(subject: Subject) -> str:

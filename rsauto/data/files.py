@@ -13,7 +13,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,20 @@ from typing import Any
 import psutil
 
 from rsauto.errors import InputError, listed, nearest, shortened
-from rsauto.units import bytes_text
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 
 MEMORY_PER_BYTE = 4
 """Memory that a byte of text takes while it becomes rows: itself, decoded, split, as values."""
+
+BLOCK_BYTES = 2**24
+"""Of a file, read at once."""
+
+ROWS_PER_LOOK = 2**16
+"""Rows after which the free memory is looked at again: of short ones a byte takes far more."""
+
+LEAST_BYTES = 2**28
+"""Memory that is left free."""
 
 MOST_COLUMNS = 10_000
 """More are no columns, but data in a form that is read wrongly."""
@@ -72,6 +80,11 @@ def table_of(rows: Sequence[Record], source: str) -> Table:
     Raises InputError above MOST_COLUMNS and LONGEST_COLUMN.
     """
     columns = dict.fromkeys(str(key) for row in rows for key in row)
+    _require_columns(columns, source)
+    return Table(source=source, columns=tuple(columns), rows=rows)
+
+
+def _require_columns(columns: Collection[str], source: str) -> None:
     if len(columns) > MOST_COLUMNS:
         raise InputError(
             f"{source}: the rows have {len(columns)} columns together; at most {MOST_COLUMNS} are "
@@ -84,7 +97,6 @@ def table_of(rows: Sequence[Record], source: str) -> Table:
             f"most {LONGEST_COLUMN} are read. Rename it, or look whether the file is what it "
             f"should be."
         )
-    return Table(source=source, columns=tuple(columns), rows=rows)
 
 
 def extension(path: Path) -> str | None:
@@ -129,11 +141,14 @@ def read_file(path: Path, field: str = "data.name") -> Table:
     if kind == ".parquet":
         table = _read_parquet(path)
     else:
-        text = _decode(_read_bytes(path), path)
-        if not text.strip():
-            raise InputError(f"{path}: the file is empty.")
         readers = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
-        table = table_of(readers[kind.removesuffix(".gz")](text, path), str(path))
+        try:
+            text = _decode(_read_bytes(path), path)
+            if not text.strip():
+                raise InputError(f"{path}: the file is empty.")
+            table = table_of(readers[kind.removesuffix(".gz")](text, path), str(path))
+        except MemoryError:
+            raise _too_large(path) from None
     if not len(table):
         raise InputError(f"{path}: the file has no rows.")
     return table
@@ -141,20 +156,32 @@ def read_file(path: Path, field: str = "data.name") -> Table:
 
 def _read_bytes(path: Path) -> bytes:
     most = psutil.virtual_memory().available // MEMORY_PER_BYTE
+    data = bytearray()
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            # One byte more than may be: a few packed bytes can unfold to any size.
-            data = stream.read(most + 1)
+            # In blocks: a few packed bytes can unfold to any size.
+            while len(data) <= most and (block := stream.read(BLOCK_BYTES)):
+                data += block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: the gzip data is damaged ({error}).") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if len(data) > most:
-        raise InputError(
-            f"{path}: has more than {bytes_text(most)} of text, and its rows would not fit into "
-            f"this machine's free memory. Write fewer of them to a file of their own."
-        )
-    return data
+        raise _too_large(path)
+    return bytes(data)
+
+
+def _too_large(path: Path) -> InputError:
+    return InputError(
+        f"{path}: its rows do not fit into the memory that is free here. Write fewer of them to a "
+        f"file of their own."
+    )
+
+
+def _require_memory(path: Path, num_rows: int) -> None:
+    """Raises InputError where so many short rows have used up the machine's memory."""
+    if num_rows % ROWS_PER_LOOK == 0 and psutil.virtual_memory().available < LEAST_BYTES:
+        raise _too_large(path)
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -195,6 +222,7 @@ def _read_json_lines(text: str, path: Path) -> list[Record]:
                 f'{{"prompt": "...", "completion": "..."}}, but this is a {type(value).__name__}.'
             )
         rows.append(value)
+        _require_memory(path, len(rows))
     return rows
 
 
@@ -248,6 +276,7 @@ def _read_csv(text: str, path: Path) -> list[Record]:
                     f"{len(header)}. Put fields that contain commas in double quotes."
                 )
             rows.append(dict(zip(header, values, strict=True)))
+            _require_memory(path, len(rows))
     except csv.Error as error:
         raise InputError(
             f"{path}, line {reader.line_num}: not valid CSV: {error}. Long or multi-line text "
@@ -280,4 +309,5 @@ def _read_parquet(path: Path) -> Table:
     except Exception as error:
         # pyarrow, fsspec and datasets each raise their own kinds for a file that is not Parquet.
         raise InputError(f"{path}: cannot be read as Parquet: {error}.") from error
+    _require_columns(columns, str(path))
     return Table(source=str(path), columns=columns, rows=rows, features=stream.features)

@@ -91,8 +91,8 @@ def inline(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text as code on one line, whatever runs of backticks it has; fit for a table."""
-    one_line = " ".join(text.split()).replace("|", "\\|")
+    """Text as code on one line, whatever runs of backticks it has."""
+    one_line = " ".join(text.split())
     longest = max((len(run) for run in re.findall(r"`+", one_line)), default=0)
     fence = "`" * (longest + 1)
     space = " " if "`" in one_line or not one_line else ""

@@ -25,7 +25,7 @@ from rsauto.search.books import Books
 from rsauto.search.events import CrewNotice, Event, Planned, Searching, Stage, StudyEnded
 from rsauto.search.folder import StudyFolder
 from rsauto.search.follow import leading
-from rsauto.search.identity import claim, require_nothing_lost
+from rsauto.search.identity import claim, require_nothing_lost, require_own_journal
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.publish import publish
@@ -114,7 +114,10 @@ class StudyRun:
         # Nobody else can be at a journal that nobody else has open.
         self.users = JournalUsers(folder.journal_file) if storage is None else None
         is_alone = self.users is not None and self.users.join()
-        self.ledger = Ledger.open(open_storage(storage, folder.journal_file), config)
+        opened = open_storage(storage, folder.journal_file)
+        if storage is None:
+            require_own_journal(opened, config, folder)
+        self.ledger = Ledger.open(opened, config)
         self.books = Books(setup, folder, self.ledger, stop)
         self.environment["fingerprints"] = claim(self.ledger, config, setup, folder)
         self.num_orphans = self.ledger.recover_orphans(
@@ -189,8 +192,9 @@ class StudyRun:
                 run.save(*self.books.place_of(record))
             except (OutOfMemory, Diverged) as error:
                 raise StudyInterrupted(
-                    f"The adapter of trial {record.number} is no longer there, and training it "
-                    f"again failed: {error}. The records are complete; try the same command again."
+                    f"The adapter of trial {record.number} is no longer there, or damaged, and "
+                    f"training it again failed: {error}. The records are complete; try the same "
+                    "command again."
                 ) from None
 
     def _describe(self, bench: Bench) -> Bench:

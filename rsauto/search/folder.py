@@ -168,11 +168,13 @@ class StudyFolder:
         target = self.path / name
         clear_leftovers(target)
         partial = beside(target, "partial")
+        # A container that is started again may have the number of the process that was killed.
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             with naming(target):
                 partial.mkdir()
                 # One by one: the error of shutil.copytree does not say that the disk is full.
-                for file in sorted(self.adapter(number).iterdir()):
+                for file in sorted(filter(Path.is_file, self.adapter(number).iterdir())):
                     shutil.copyfile(file, partial / file.name)
                 put_in_place(partial, target)
         finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import optuna
+from optuna.storages import BaseStorage
 from pydantic import ValidationError
 
 from rsauto.config import StudyConfig
@@ -55,6 +57,16 @@ def claim(ledger: Ledger, config: StudyConfig, setup: Setup, folder: StudyFolder
     return fingerprints
 
 
+def require_own_journal(storage: BaseStorage, config: StudyConfig, folder: StudyFolder) -> None:
+    """Refuses a folder whose journal is another study's. Raises InputError."""
+    others = [name for name in optuna.get_all_study_names(storage) if name != config.name]
+    if others:
+        raise InputError(
+            f"--out {folder.path}: its journal holds the study {others[0]!r}, and this one is "
+            f"{config.name!r}. Choose another --out, or give the study file that name."
+        )
+
+
 def stored_config(stored: dict[str, Any], where: str) -> StudyConfig:
     """The settings that a study was begun with. Raises InputError for those of another version."""
     try:
@@ -98,8 +110,8 @@ def require_nothing_lost(folder: StudyFolder, ledger: Ledger) -> None:
     if not folder.records_file.exists():
         return
     settled = {record.number for record in ledger.records()}
-    lines = folder.records_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    numbers = [_number(line) for line in lines]
+    lines = folder.records_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    numbers = [_number(line) for line in lines if line]
     lost = [n for n in numbers if n is not None and n not in settled]
     num_lost = len(lost) or max(0, len(numbers) - len(settled))
     if num_lost:

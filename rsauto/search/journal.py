@@ -20,6 +20,9 @@ from optuna.storages.journal import BaseJournalBackend
 from rsauto.atomic import naming
 from rsauto.errors import InputError
 
+_ENTRY = b'{"op_code":'
+"""What every entry begins with."""
+
 _SEAL = b',"crc32":"'
 """What comes between an entry and the checksum of it, 8 hexadecimal digits and two brackets."""
 
@@ -33,17 +36,29 @@ class Journal(BaseJournalBackend):
         self._lock_path = path.with_name(f".{path.name}.writer")
         self._offsets = [0]
         """Where each of the entries begins that have been read, and the next one will."""
+        self._require_journal()
         with self._writing(), naming(path):
             path.touch()
+
+    def _require_journal(self) -> None:
+        """Nothing is mended, or written, in a file of somebody else. Raises InputError."""
+        if not self._path.exists():
+            return
+        with naming(self._path), open(self._path, "rb") as file:
+            start = file.read(len(_ENTRY))
+        if not _ENTRY.startswith(start):
+            raise self._damaged("line 1 does not begin as an entry does")
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Entries from a number on. Raises InputError for one that is not as it was written."""
         known = min(log_number_from, len(self._offsets) - 1)
         with naming(self._path), open(self._path, "rb") as file:
-            if file.seek(0, os.SEEK_END) < self._offsets[known]:
+            size = file.seek(0, os.SEEK_END)
+            if size < self._offsets[known]:
                 raise self._damaged(f"it ends before entry {known + 1}, which was there")
             file.seek(self._offsets[known])
-            content = file.read()
+            # No further: somebody may cut off a torn line and write another meanwhile.
+            content = file.read(size - self._offsets[known])
         # What follows the last line end is being written at this moment.
         for number, line in enumerate(content.split(b"\n")[:-1], start=known):
             try:
@@ -95,14 +110,32 @@ def drop_torn_line(journal: Path) -> None:
         if not file.seek(0, os.SEEK_END):
             return
         file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if _is_sealed(content[end:-1]):  # whole but for its end, which is there and damaged
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\n")
+        elif _is_sealed(content[end:]):
+            file.write(b"\n")
+        else:
+            file.truncate(end)
 
 
 def _sealed(logs: Iterable[dict[str, Any]]) -> bytes:
     entries = [json.dumps(log, separators=(",", ":")).encode("utf-8") for log in logs]
     return b"".join(b'%b%b%08x"}\n' % (e[:-1], _SEAL, zlib.crc32(e)) for e in entries)
+
+
+def _is_sealed(line: bytes) -> bool:
+    """Whether an entry has its checksum."""
+    try:
+        _opened(line)
+    except ValueError:
+        return False
+    return _SEAL in line
 
 
 def _opened(line: bytes) -> dict[str, Any]:

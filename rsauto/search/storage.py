@@ -27,9 +27,15 @@ HEARTBEAT_SECONDS = 30
 SILENT_BEATS = 4
 """Heartbeats a trial of another host may miss before it is run again elsewhere."""
 
-PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-"""Seconds before each new attempt at a database that does not answer: two minutes together, in
-which a server is restarted or another takes its place."""
+PATIENCE_SECONDS = 90.0
+"""For a database that does not answer: time to restart it, or for another to take its place. Less
+than the silence after which others take this process for dead."""
+
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, *[15.0] * 5)
+"""Seconds before each new attempt."""
+
+CONNECT_SECONDS = 10
+"""For a PostgreSQL server whose machine does not answer at all."""
 
 OPENING_PAUSES = (0.2, 0.5, 1.0)
 """The same before a study is begun, when the address may as well be wrong."""
@@ -60,13 +66,17 @@ def open_storage(
 
 
 def _database(url: str, heartbeat_seconds: int) -> BaseStorage:
-    # SQLite has one writer at a time: the others wait their turn instead of giving up.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    waits: dict[str, int] = {}
+    if url.startswith("sqlite"):
+        # It has one writer at a time: the others wait their turn instead of giving up.
+        waits = {"timeout": 60}
+    elif url.startswith("postgresql") and "connect_timeout" not in url:
+        waits = {"connect_timeout": CONNECT_SECONDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return RDBStorage(
             url,
-            engine_kwargs=options,
+            engine_kwargs={"connect_args": waits},
             heartbeat_interval=heartbeat_seconds,
             grace_period=SILENT_BEATS * heartbeat_seconds,
         )
@@ -105,11 +115,14 @@ def patiently(call: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
 
 
 def _again(call: Callable[[], T], pauses: Sequence[float]) -> T:
-    """What ``call`` returns, or raises the last time."""
+    """What ``call`` returns, or raises when patience has come to its end."""
+    end = time.monotonic() + PATIENCE_SECONDS
     for pause in pauses:
         try:
             return call()
         except _TRANSIENT:
+            if time.monotonic() + pause > end:
+                raise
             time.sleep(pause)
     return call()
 

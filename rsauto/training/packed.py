@@ -84,8 +84,9 @@ class Pack:
     ) -> None:
         try:
             self._model.unseat()
-        except NO_ROOM:  # for copies on the host; the base is left as it was all the same
+        except NO_ROOM as error:  # for copies on the host; the base is left as it was all the same
             self._model.clear()
+            told(error)
 
     @property
     def has_room(self) -> bool:

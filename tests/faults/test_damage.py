@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 import optuna
@@ -13,12 +15,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_ledger import journal_ledger, settle, spec_of
+from test_ledger import config_of, journal_ledger, settle, spec_of
 
 from rsauto.adapters.sealed import load_sealed, sealed
+from rsauto.atomic import beside
 from rsauto.errors import InputError
 from rsauto.records import TrialRecord
+from rsauto.search.folder import StudyFolder
+from rsauto.search.identity import require_nothing_lost, require_own_journal
+from rsauto.search.journal import Journal
 from rsauto.search.ledger import Ledger
+from rsauto.search.storage import open_storage
 
 FLIPS = 400
 
@@ -78,6 +85,73 @@ def test_optuna_itself_reads_and_writes_it(journal: Path) -> None:
     assert len(study.trials) == 3
     study.set_user_attr("by", "optuna")
     assert journal_ledger(journal.parent).attributes()["by"] == "optuna"
+
+
+@pytest.mark.parametrize("end", [b"", b"\x0b", b"\x8a"])
+def test_the_damaged_end_of_the_last_line_costs_no_entry(journal: Path, end: bytes) -> None:
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-1] + end)
+    journal_ledger(journal.parent)  # which adds entries of its own
+    assert journal.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("content", [b"12:00 started\n12:01 ended", b"no line", b"{}\n{"])
+def test_a_file_of_somebody_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "journal.log"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="does not begin as an entry does"):
+        open_storage(None, path)
+    assert path.read_bytes() == content
+
+
+def test_a_reader_sees_nothing_of_a_line_that_is_cut_off_meanwhile(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the size and the reading, another process mends the end and writes."""
+    whole = journal.read_bytes()
+    torn = whole + b'{"op_code":2,"half an ent'
+    reader = Journal(journal)
+    journal.write_bytes(torn)
+    seek = BufferedReader.seek
+
+    class Late(BufferedReader):
+        def seek(self, target: int, whence: int = 0) -> int:
+            found = seek(self, target, whence)
+            if whence == 0:  # the size is known
+                journal.write_bytes(whole + whole.splitlines(keepends=True)[-1] * 3)
+            return found
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Late(FileIO(path)))
+    found = list(reader.read_logs(0))
+    monkeypatch.undo()
+    assert len(found) in (whole.count(b"\n"), whole.count(b"\n") + 1)
+
+
+def test_a_journal_of_another_study_is_not_gone_on_with(journal: Path) -> None:
+    storage = open_storage(None, journal)
+    other = config_of().model_copy(update={"name": "other"})
+    with pytest.raises(InputError, match="holds the study 'tiny', and this one is 'other'"):
+        require_own_journal(storage, other, StudyFolder(journal.parent))
+    require_own_journal(storage, config_of(), StudyFolder(journal.parent))
+
+
+def test_lines_of_records_end_at_line_ends_alone(journal: Path) -> None:
+    """An error's text may have other separators, which JSON leaves as they are."""
+    ledger, folder = journal_ledger(journal.parent), StudyFolder(journal.parent)
+    folder.write_records(replace(r, error="one\u2028two\x85three") for r in ledger.records())
+    assert "\u2028" in folder.records_file.read_text(encoding="utf-8")
+    require_nothing_lost(folder, ledger)
+
+
+def test_an_adapter_is_published_over_what_a_process_of_this_number_left(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    (folder.adapter(3) / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder.adapter(3) / "adapter_model.safetensors").write_bytes(b"x")
+    beside(tmp_path / "best", "partial").mkdir()
+    published = folder.publish_adapter(3, "best")
+    assert [path.name for path in published.iterdir()] == ["adapter_model.safetensors"]
 
 
 def test_entries_of_no_known_form_are_damage_too(journal: Path) -> None:

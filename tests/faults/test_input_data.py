@@ -161,7 +161,20 @@ def test_a_packed_file_that_unfolds_to_any_size_is_refused(
     small = type("Memory", (), {"available": 64 * 2**20})()
     monkeypatch.setattr("psutil.virtual_memory", lambda: small)
     found = told(path)
-    assert found is not None and "more than 16.0 MiB of text" in found
+    assert found is not None and "do not fit into the memory" in found
+
+
+def test_rows_that_use_up_the_memory_are_refused_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, head, row in (("a.jsonl", "", '{"text": 1}\n'), ("a.csv", "text\n", "1\n")):
+        path = tmp_path / name
+        path.write_text(head + row * 70_000)
+        looks = iter([2**40, 2**20])
+        memory = type("Memory", (), {"available": property(lambda self: next(looks))})()  # noqa: B023
+        monkeypatch.setattr("psutil.virtual_memory", lambda: memory)  # noqa: B023
+        found = told(path)
+        assert found is not None and "do not fit into the memory" in found
 
 
 @pytest.mark.parametrize("line", ["text", "junk", "nested"])

@@ -93,7 +93,7 @@ def test_a_database_that_stays_away_ends_the_study_and_its_return_continues_it(
 ) -> None:
     url = database(server.url, "away")
     study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
-    # Two minutes of patience are for users.
+    # A minute and a half of patience is for users.
     short = (
         "import rsauto.search.storage as storage\nstorage.patiently.__defaults__ = ((0.1, 0.2),)\n"
     )
