@@ -116,7 +116,7 @@ def rank_sweep_tuned(arms: Arms) -> Reading:
     fair = {key: _not_first(records, first) for key, records in best.items()}
     return Reading(
         claim="None: the paper compares the rules at one learning rate.",
-        verdict="answered",
+        verdict=unless_open("answered", left),
         measured=f"With each rule and rank at its own learning rate rsLoRA's loss less LoRA's is "
         f"{left.text()} at rank {top} ({left.num} seeds, paired): "
         + ("one seed has no interval." if left.num == 1 else told)

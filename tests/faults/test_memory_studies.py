@@ -34,11 +34,10 @@ LIMITS = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
 LARGE = 16384
 """A rank whose factors take 68 MiB, and 272 MiB with gradients and AdamW's moments."""
 
-ROOM_MIB = 128
+ROOM_MIB = 208
+"""Enough for everything but that: safetensors ends the process where it finds no room to save."""
 
-STUDIES = [("VmData", "auto")]
-if "RSAUTO_FAULT_MOMENTS" in os.environ:  # whoever asks for more than the least
-    STUDIES += [("VmSize", "off"), ("VmSize", "auto"), ("VmData", "off")]
+STUDIES = [(kind, mode) for kind in LIMITS for mode in ("off", "auto")]
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +99,11 @@ def violations(out: Path) -> dict[int, float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RLIMIT_AS is Linux's")
+@pytest.mark.skipif(
+    "RSAUTO_FAULT_MOMENTS" not in os.environ,
+    reason="what a process has before it is limited depends on the tests before it; to run this "
+    "file by itself set RSAUTO_FAULT_MOMENTS=1",
+)
 @pytest.mark.parametrize(("kind", "mode"), STUDIES)
 def test_a_process_that_may_take_no_more_settles_its_trials_and_goes_on(
     kind: str, mode: str, tmp_path: Path
