@@ -381,7 +381,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(
         original(source, target)
 
     if where == "weights":
-        monkeypatch.setattr(export, "save", full)
+        monkeypatch.setattr(export, "sealed", full)
     elif where == "card":
         monkeypatch.setattr(Path, "write_text", full)
     else:

@@ -158,8 +158,8 @@ time.time = lambda: true() + chance.choice([-1e6, 0, 1e6])
 SLOW = """
 import os, time
 sync, replace = os.fsync, os.replace
-os.fsync = lambda file: (time.sleep(0.5), sync(file))[1]
-os.replace = lambda *paths, **options: (time.sleep(0.5), replace(*paths, **options))[1]
+os.fsync = lambda file: (time.sleep(0.2), sync(file))[1]
+os.replace = lambda *paths, **options: (time.sleep(0.2), replace(*paths, **options))[1]
 """
 
 
