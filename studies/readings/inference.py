@@ -89,7 +89,9 @@ def inference_cost(arms: Arms) -> Reading:
             )
         ],
         remarks=[
-            "The adapters are drawn at random: what they have learnt has no bearing on their cost."
+            "The adapters are drawn at random: what they have learnt has no bearing on their cost.",
+            "Rows of the table were timed at different moments; what is compared is each model and "
+            "the base beside it, pass by pass in turn.",
         ],
     )
 
