@@ -130,6 +130,18 @@ def packed(
     return runs
 
 
+def drain(pack: Pack, members: Sequence[Member], runs: Sequence[Run]) -> None:
+    """Trains until the pack is empty; the points and the error of each member go to its run."""
+    while pack.members:
+        for advance in pack.advance():
+            run = runs[members.index(advance.member)]
+            run.error = advance.error
+            if advance.point is not None:
+                run.points.append(advance.point)
+            if advance.error or advance.member.is_finished:
+                pack.release(advance.member)
+
+
 def assert_equal(found: Run, expected: Run, tolerance: float = 1e-5) -> None:
     """All that a trial reports, its errors and patterns too; losses to an absolute tolerance."""
     assert str(found.error) == str(expected.error)

@@ -93,14 +93,17 @@ def inline(text: str) -> str:
 def code(text: str) -> str:
     """Text as code on one line, whatever runs of backticks it has."""
     one_line = " ".join(text.split())
-    longest = max((len(run) for run in re.findall(r"`+", one_line)), default=0)
-    fence = "`" * (longest + 1)
+    fence = _fence(one_line, 1)
     space = " " if "`" in one_line or not one_line else ""
     return f"{fence}{space}{one_line}{space}{fence}"
 
 
 def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = _fence(text, 3)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _fence(text: str, shortest: int) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(shortest, longest + 1)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from packs import Run, Unmetered, alone, unmetered
+from packs import Run, Unmetered, alone, drain, unmetered
 from test_training import bench_of, spec_of
 
 from rsauto.adapters.lora import lora_layers
@@ -133,14 +133,7 @@ def together(bench: Bench, full: Full) -> list[Run]:
         members = [pack.admit(spec) for spec in three()]
         runs = [Run() for _ in members]
         full.is_on = True  # until the pack is left, with what is still in it
-        while pack.members:
-            for advance in pack.advance():
-                run = runs[members.index(advance.member)]
-                run.error = advance.error
-                if advance.point is not None:
-                    run.points.append(advance.point)
-                if advance.error or advance.member.is_finished:
-                    pack.release(advance.member)
+        drain(pack, members, runs)
     return runs
 
 

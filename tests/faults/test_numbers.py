@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from examples import data_of
-from packs import Run, alone, assert_equal, bits, packed, unmetered
+from packs import Run, alone, assert_equal, bits, drain, packed, unmetered
 from test_packed_adalora import placed
 from test_training import DATA, EOS, bench_of, rows, spec_of
 from torch import Tensor, nn
@@ -112,14 +112,7 @@ def struck_in_a_pack(bench: Bench, specs: list[TrialSpec], who: int, fault: Faul
             return fault.put(hidden, slice(place * size, (place + 1) * size))
 
         with broken(bench.model, change):
-            while pack.members:
-                for advance in pack.advance():
-                    run = runs[members.index(advance.member)]
-                    run.error = advance.error
-                    if advance.point is not None:
-                        run.points.append(advance.point)
-                    if advance.error or advance.member.is_finished:
-                        pack.release(advance.member)
+            drain(pack, members, runs)
     return runs
 
 
