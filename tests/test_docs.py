@@ -98,7 +98,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_every_command_of_the_documentation_is_one(path: Path) -> None:
-    """Its options and arguments are read as the command reads them; the tutorial's are run."""
+    """Its options and arguments are read as the command reads them; other tests run them."""
     group: Any = typer.main.get_command(app)
     for name, *words in commands(path.read_text(encoding="utf-8")):
         assert name in group.commands, name
