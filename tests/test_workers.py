@@ -293,18 +293,22 @@ def test_a_folder_is_known_by_more_than_its_path(tmp_path: Path) -> None:
     assert not StudyFolder(tmp_path / "nowhere").is_the_one(one.identity())
 
 
-def test_a_postgresql_url_names_the_driver_that_is_there() -> None:
+def test_a_url_names_the_driver_that_is_there() -> None:
     pytest.importorskip("psycopg")
     assert driver_url("postgresql://me@db/x") == "postgresql+psycopg://me@db/x"
     assert driver_url("postgres://me@db/x") == "postgresql+psycopg://me@db/x"
+    pytest.importorskip("pymysql")
+    assert driver_url("mysql://me@db/x") == "mysql+pymysql://me@db/x"
+    assert driver_url("mariadb://me@db/x") == "mysql+pymysql://me@db/x"
     for url in ("postgresql+psycopg2://me@db/x", "sqlite:///a.db", "mysql+pymysql://me@db/x"):
         assert driver_url(url) == url
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rsauto.search.storage.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'rsauto\[postgres\]'"):
-        driver_url("postgresql://me:secret@db/x")
+    for url, extra in (("postgresql://me:secret@db/x", "postgres"), ("mysql://me@db/x", "mysql")):
+        with pytest.raises(InputError, match=rf"pip install 'rsauto\[{extra}\]'"):
+            driver_url(url)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from rsauto.errors import InputError, StudyInterrupted
@@ -39,6 +40,14 @@ CONNECT_SECONDS = 10
 
 OPENING_PAUSES = (0.2, 0.5, 1.0)
 """The same before a study is begun, when the address may as well be wrong."""
+
+DRIVERS = {
+    "postgresql": ("psycopg", "psycopg2"),
+    "mysql": ("pymysql", "MySQLdb", "mysql.connector"),
+}
+"""Modules that speak to a database, by scheme; the first is what the extra of its name brings."""
+
+SCHEMES = {"postgres": "postgresql", "mariadb": "mysql"} | {name: name for name in DRIVERS}
 
 _TRANSIENT = (StorageInternalError, SQLAlchemyError)
 
@@ -74,28 +83,53 @@ def _database(url: str, heartbeat_seconds: int) -> BaseStorage:
         waits = {"connect_timeout": CONNECT_SECONDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(
+        storage = RDBStorage(
             url,
             engine_kwargs={"connect_args": waits},
             heartbeat_interval=heartbeat_seconds,
             grace_period=SILENT_BEATS * heartbeat_seconds,
         )
+    if storage.engine.dialect.name in ("mysql", "mariadb"):
+        _widen(storage)
+    return storage
+
+
+def _widen(storage: RDBStorage) -> None:
+    """Gives MySQL room for whole records: Optuna's TEXT columns end there at 64 KiB.
+
+    A record with a long curve is larger, and elsewhere TEXT has no such end.
+    """
+    narrow = text(
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = "
+        "DATABASE() AND column_name = 'value_json' AND data_type = 'text'"
+    )
+    with storage.engine.begin() as connection:
+        for table, column in connection.execute(narrow).all():
+            connection.execute(text(f"ALTER TABLE `{table}` MODIFY `{column}` LONGTEXT"))
 
 
 def driver_url(url: str) -> str:
     """The URL with the database driver that is installed. Raises InputError where none is.
 
-    SQLAlchemy takes postgresql:// to mean psycopg2.
+    SQLAlchemy takes postgresql:// to mean psycopg2, and mysql:// mysqlclient.
     """
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("postgres", "postgresql"):
+    kind = SCHEMES.get(scheme)
+    if not separator or kind is None:
         return url
-    for driver in ("psycopg", "psycopg2"):
-        if find_spec(driver) is not None:
-            return f"postgresql+{driver}://{rest}"
+    for module in DRIVERS[kind]:
+        if _is_installed(module):
+            return f"{kind}+{module.lower().replace('.', '')}://{rest}"
+    name = {"postgresql": "postgres"}.get(kind, kind)
     raise InputError(
-        f"--storage {shown(url)}: PostgreSQL needs a driver. Run pip install 'rsauto[postgres]'."
+        f"--storage {shown(url)}: {scheme}:// needs a driver. Run pip install 'rsauto[{name}]'."
     )
+
+
+def _is_installed(module: str) -> bool:
+    with suppress(ModuleNotFoundError):  # of the package around it
+        return find_spec(module) is not None
+    return False
 
 
 def patiently(call: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
