@@ -13,7 +13,7 @@ from tiny_study import environment
 
 TUTORIAL = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 SHORTER = {
-    "study": ["--trials", "8", "--set", "training.steps=8", "--set", "search.seeds=1"],
+    "study": ["--trials", "4", "--set", "training.steps=8", "--set", "search.seeds=1"],
     "train": ["--epochs", "0.1"],
 }
 """What is added to a command; the last of two equal options counts."""

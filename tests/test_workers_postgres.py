@@ -29,7 +29,7 @@ from rsauto.search.workers import join_study
 
 Records = Callable[..., TrialRecord]
 
-TRIALS = 16
+TRIALS = 12
 
 
 @pytest.fixture(scope="module")

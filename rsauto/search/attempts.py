@@ -159,6 +159,12 @@ class Attempts:
             if attempt.state.is_finished() and attempt.begun.record is None:
                 yield attempt
 
+    def deaths_before(self, spec: TrialSpec) -> int:
+        """Processes that died of the trial that this attempt, not yet begun, is the next of."""
+        if spec.retry_of is None:
+            return 0
+        return self._latest[self._roots[spec.retry_of]].deaths
+
     def is_doubled(self, number: int) -> bool:
         """Whether an earlier attempt retries the same one."""
         return number in self._doubled

@@ -107,6 +107,13 @@ class Ledger:
         """Every trial that was begun, in the order of its first attempt."""
         return self.attempts().history
 
+    def has_last_chance(self, spec: TrialSpec) -> bool:
+        """Whether one more death of a process settles the trial as failed.
+
+        It has this chance alone: nobody else is to fail for what one trial of a pack does.
+        """
+        return self.seen.deaths_before(spec) + 1 >= MOST_DEATHS
+
     def waiting_spec(self) -> TrialSpec | None:
         """Of the trial that `begin` would run again, None where there is none."""
         waiting = self.attempts().in_state(TrialState.WAITING)

@@ -249,8 +249,7 @@ class Work:
         """
         asked, chosen = self.ledger.lookahead, self.config.packing
         limit = chosen.lookahead or asked or chosen.trials
-        opening_trials = opening(self.setup.space)
-        plan = plan_packs(self.setup, bench, opening_trials, min(chosen.trials, limit))
+        plan = plan_packs(self.setup, bench, opening(self.setup.space), min(chosen.trials, limit))
         if chosen.lookahead is not None or (asked is None and plan.size > 1):
             self.ledger.set_lookahead(chosen.lookahead or plan.size)
         return plan
@@ -263,6 +262,7 @@ class Work:
             (plan.size > 1 or (plan.can_hold and spec.cohort is not None))
             and spec.role == "search"
             and spec.retry_of not in put_back
+            and not self.ledger.has_last_chance(spec)
             and may_share(spec, others)
             and pack_memory.fits(self.setup, [*others, spec], plan.rows)
         )

@@ -44,7 +44,7 @@ from tiny_study import records
 
 from rsauto.search.ledger import MOST_DEATHS
 
-MOMENTS = int(os.environ.get("RSAUTO_KILL_MOMENTS", "14"))
+MOMENTS = int(os.environ.get("RSAUTO_KILL_MOMENTS", "8"))
 """Moments of writing; half as many are random."""
 
 

@@ -29,7 +29,7 @@ from test_workers_postgres import check_books, command_line, database, trials_of
 from tiny_study import environment, records, write_study
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
-TRIALS = 12
+TRIALS, FEW = 12, 8
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_database_that_is_restarted_in_mid_study(server: postgres.Server, tmp_
 
 def test_connections_that_are_cut_all_the_time(server: postgres.Server, tmp_path: Path) -> None:
     url = database(server.url, "cut")
-    study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
+    study, out = write_study(tmp_path, trials=FEW), tmp_path / "out"
     host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.05)
     num_cut = 0
     with psycopg.connect(server.url, autocommit=True) as connection:
@@ -88,14 +88,14 @@ def test_connections_that_are_cut_all_the_time(server: postgres.Server, tmp_path
     output = end(host)
     assert host.returncode == 0, output
     assert num_cut >= 3
-    check_books(trials_of(url), records(out), TRIALS)
+    check_books(trials_of(url), records(out), FEW)
 
 
 def test_a_database_that_stays_away_ends_the_study_and_its_return_continues_it(
     server: postgres.Server, tmp_path: Path
 ) -> None:
     url = database(server.url, "away")
-    study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
+    study, out = write_study(tmp_path, trials=FEW), tmp_path / "out"
     # A minute and a half of patience is for users.
     short = (
         "import rsauto.search.storage as storage\nstorage.patiently.__defaults__ = ((0.1, 0.2),)\n"
@@ -114,7 +114,7 @@ def test_a_database_that_stays_away_ends_the_study_and_its_return_continues_it(
     assert "does not answer any more" in output and "run the same command again" in output
     safe = {trial.number for trial in trials_of(url) if "record" in trial.user_attrs}
     output = end(command_line("study", study, "--out", out, "--storage", url))
-    check_books(trials_of(url), records(out), TRIALS)
+    check_books(trials_of(url), records(out), FEW)
     assert safe <= {line["number"] for line in records(out)}
 
 
@@ -123,7 +123,7 @@ def test_no_command_line_has_the_password_of_a_storage(
 ) -> None:
     """They are everybody's to read; the server asks for no password, so that any will do."""
     url = database(server.url, "secret").replace("rsauto@", "rsauto:s3cr3t@")
-    study, out = write_study(tmp_path, trials=6), tmp_path / "out"
+    study, out = write_study(tmp_path, trials=4), tmp_path / "out"
     command = [sys.executable, "-m", "rsauto", "study", study, "--out", out, "--workers", "2"]
     host = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -170,7 +170,7 @@ os.replace = lambda *paths, **options: (time.sleep(0.2), replace(*paths, **optio
 def test_a_clock_that_jumps_and_a_disk_that_is_slow_change_no_result(
     tmp_path: Path, fault: str
 ) -> None:
-    study = write_study(tmp_path, trials=6)
+    study = write_study(tmp_path, trials=4)
     found = []
     for name, before in (("plain", ""), ("hit", fault)):
         host = command_line(
