@@ -37,6 +37,7 @@ def require_plain_lora(path: Path) -> None:
         if key in default and key not in _WRITTEN and value != default[key]
     ]
     problems += [f"{key} has the name {_start(name)}" for key, name in _wrong_names(found)]
+    problems += _other_scales(found)
     if problems:
         raise ValueError(f"{path.name} is not what rsauto writes: {'; '.join(problems[:5])}")
 
@@ -54,6 +55,17 @@ def _wrong_names(found: dict[str, Any]) -> list[tuple[str, Any]]:
         for name in names
         if not (isinstance(name, str) and _NAME.fullmatch(name))
     ]
+
+
+def _other_scales(found: dict[str, Any]) -> list[str]:
+    """Alpha is the rank in every module; where it is not, one of the two was damaged."""
+    pairs = (("lora_alpha", "r"), ("alpha_pattern", "rank_pattern"))
+    problems = [
+        f"{alpha} is {_start(found.get(alpha))} and {rank} {_start(found.get(rank))}"
+        for alpha, rank in pairs
+        if (found.get(alpha) or {}) != (found.get(rank) or {})
+    ]
+    return [*problems, "use_rslora is set"] if found.get("use_rslora") else problems
 
 
 def _start(value: Any) -> str:

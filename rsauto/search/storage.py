@@ -32,8 +32,8 @@ PATIENCE_SECONDS = 90.0
 """For a database that does not answer: time to restart it, or for another to take its place. Less
 than the silence after which others take this process for dead."""
 
-PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, *[15.0] * 5)
-"""Seconds before each new attempt."""
+PAUSES = (0.2, 0.5, 1.0, 2.0, *[4.0] * 22)
+"""Seconds before each new attempt; a first Ctrl-C is heard no sooner."""
 
 CONNECT_SECONDS = 10
 """For a PostgreSQL server whose machine does not answer at all."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_ledger import config_of, journal_ledger, settle, spec_of
@@ -20,6 +21,7 @@ from test_ledger import config_of, journal_ledger, settle, spec_of
 from rsauto.adapters.sealed import load_sealed, sealed
 from rsauto.atomic import beside
 from rsauto.errors import InputError
+from rsauto.exports.adapter_config import require_plain_lora
 from rsauto.records import TrialRecord
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import require_nothing_lost, require_own_journal
@@ -188,6 +190,31 @@ def test_a_flipped_bit_in_an_adapter_is_told_or_changes_nothing(tmp_path: Path) 
         assert found.keys() == TENSORS.keys()
         assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
     assert told > 0.9 * FLIPS, "the rest fell on names within the metadata"
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword")
+def test_a_flipped_bit_in_an_adapters_configuration_changes_no_number(tmp_path: Path) -> None:
+    """Where it is not told. Alpha and rank stand there twice, in a sense: they are equal."""
+    path, draw = tmp_path / "adapter_config.json", random.Random(0)
+    pattern = {"model.layers.0.mlp.up_proj": 12, "model.layers.1.self_attn.q_proj": 3}
+    written = LoraConfig(
+        r=8, lora_alpha=8, rank_pattern=pattern, alpha_pattern=pattern,
+        target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", base_model_name_or_path="base",
+    )  # fmt: skip
+    written.save_pretrained(str(tmp_path))
+    data, told = path.read_bytes(), 0
+    require_plain_lora(path)
+    for _ in range(FLIPS):
+        path.write_bytes(flipped(data, draw))
+        try:
+            require_plain_lora(path)
+            found = LoraConfig.from_pretrained(str(tmp_path))
+        except (ValueError, TypeError, AttributeError):
+            told += 1
+            continue
+        assert (found.r, found.lora_alpha, found.use_rslora) == (8, 8, False)
+        assert list(found.rank_pattern.values()) == list(found.alpha_pattern.values()) == [12, 3]
+    assert told > 0.3 * FLIPS, "the rest fell on names and on what is not rsauto's"
 
 
 def test_an_adapter_that_was_cut_off_is_told(tmp_path: Path) -> None:

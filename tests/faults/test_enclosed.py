@@ -60,7 +60,8 @@ def test_a_pipe_does_not_keep_a_reader_waiting(tmp_path: Path) -> None:
 
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"],
-         "rank_pattern": {"model.layers.0.q_proj": 2}, "base_model_name_or_path": "x"}  # fmt: skip
+         "rank_pattern": {"model.layers.0.q_proj": 2},
+         "alpha_pattern": {"model.layers.0.q_proj": 2}, "base_model_name_or_path": "x"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,9 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_pro
         {"target_modules": ["../../x"]},
         {"modules_to_save": "lm_head"},
         {"peft_type": "MIXED"},
+        {"lora_alpha": 5},
+        {"alpha_pattern": {}},
+        {"use_rslora": True},
     ],
 )
 def test_an_adapter_says_nothing_but_plain_lora(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -81,5 +85,5 @@ def test_an_adapter_says_nothing_but_plain_lora(tmp_path: Path, changes: dict[st
     path.write_text(json.dumps(PLAIN), encoding="utf-8")
     require_plain_lora(path)
     path.write_text(json.dumps({**PLAIN, **changes}), encoding="utf-8")
-    with pytest.raises(ValueError, match="not"):
+    with pytest.raises(ValueError, match=r"is not (what rsauto writes|of LoRA)"):
         require_plain_lora(path)
