@@ -300,6 +300,7 @@ def test_a_url_names_the_driver_that_is_there() -> None:
     pytest.importorskip("pymysql")
     assert driver_url("mysql://me@db/x") == "mysql+pymysql://me@db/x"
     assert driver_url("mariadb://me@db/x") == "mysql+pymysql://me@db/x"
+    assert driver_url("mariadb+mysqldb://me@db/x") == "mysql+mysqldb://me@db/x"
     for url in ("postgresql+psycopg2://me@db/x", "sqlite:///a.db", "mysql+pymysql://me@db/x"):
         assert driver_url(url) == url
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import mariadb
+import mariadb_server
 import optuna
 import pytest
 from test_ledger import config_of, settle, spec_of
@@ -20,13 +20,15 @@ from rsauto.search.storage import driver_url, open_storage
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with mariadb.server() as found:
+    with mariadb_server.server() as found:
         yield found
 
 
 def test_a_worker_is_killed_and_nothing_is_lost(url: str, tmp_path: Path) -> None:
-    study = write_study(tmp_path, trials=8)
-    lose_workers(url + "killed", study, tmp_path / "out", num_trials=8, num_workers=2, num_killed=1)
+    study = write_study(tmp_path, trials=12)
+    lose_workers(
+        url + "killed", study, tmp_path / "out", num_trials=12, num_workers=2, num_killed=1
+    )
 
 
 def test_a_record_of_any_length_is_kept(

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from torch import Tensor
+
+from rsauto.adapters.sealed import load_sealed
 
 _WRITTEN = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
@@ -23,6 +26,26 @@ _WRITTEN = frozenset({
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 """Of a module; as a regular expression it matches itself, or a dot any letter."""
+
+
+def load_plain_lora(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter that rsauto wrote, by their names in the file.
+
+    Raises ValueError where its configuration or weights are not as they were written, and OSError,
+    TypeError, AttributeError, RecursionError or SafetensorError where they cannot be read at all.
+    """
+    path = folder / "adapter_config.json"
+    require_plain_lora(path)
+    tensors = load_sealed(folder / "adapter_model.safetensors")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    targets, whole = (found.get(key) or [] for key in ("target_modules", "modules_to_save"))
+    modules = {f".{name.rpartition('.lora_')[0]}" for name in tensors if ".lora_" in name}
+    wrong = [name for name in modules if not name.endswith(tuple(f".{t}" for t in targets))]
+    wrong += [name for name in targets if not any(m.endswith(f".{name}") for m in modules)]
+    wrong += [name for name in whole if not any(f".{name}." in f".{key}" for key in tensors)]
+    if wrong:
+        raise ValueError(f"{path.name} and the weights differ in modules: {_start(wrong)}")
+    return tensors
 
 
 def require_plain_lora(path: Path) -> None:

@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsauto.adapters.export import Folded, lora_tensors, padded_factors, write_adapter
-from rsauto.adapters.sealed import load_sealed
 from rsauto.adapters.stock_adalora import stock_config
 from rsauto.errors import InputError
-from rsauto.exports.adapter_config import require_plain_lora
+from rsauto.exports.adapter_config import load_plain_lora
 from rsauto.exports.chosen import Chosen, card_names_trial
 from rsauto.records import ADALORA_METHODS
 
@@ -101,9 +100,8 @@ def _trained_record(folder: Path) -> dict[str, Any] | None:
 
 def _read(folder: Path, record: dict[str, Any] | None) -> Saved:
     try:
-        require_plain_lora(folder / "adapter_config.json")
+        tensors = load_plain_lora(folder)
         config = LoraConfig.from_pretrained(str(folder))
-        tensors = load_sealed(folder / "adapter_model.safetensors")
     except (
         OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError
     ) as error:  # fmt: skip

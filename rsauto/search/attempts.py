@@ -160,10 +160,10 @@ class Attempts:
                 yield attempt
 
     def deaths_before(self, spec: TrialSpec) -> int:
-        """Processes that died of the trial that this attempt, not yet begun, is the next of."""
+        """Processes that died of the trial before this attempt at it."""
         if spec.retry_of is None:
             return 0
-        return self._latest[self._roots[spec.retry_of]].deaths
+        return self._latest[self._roots.get(spec.retry_of, spec.retry_of)].deaths
 
     def is_doubled(self, number: int) -> bool:
         """Whether an earlier attempt retries the same one."""

@@ -110,7 +110,8 @@ class Ledger:
     def has_last_chance(self, spec: TrialSpec) -> bool:
         """Whether one more death of a process settles the trial as failed.
 
-        It has this chance alone: nobody else is to fail for what one trial of a pack does.
+        It has this chance alone: nobody else is to fail for what one trial of a pack does. (One of
+        a cohort is then compared as trials alone are, like one that a pack had no memory for.)
         """
         return self.seen.deaths_before(spec) + 1 >= MOST_DEATHS
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rsauto.adapters.sealed import load_sealed
 from rsauto.config import StudyConfig
-from rsauto.exports.adapter_config import require_plain_lora
+from rsauto.exports.adapter_config import load_plain_lora
 from rsauto.records import TrialRecord
 from rsauto.report.page import write_report
 from rsauto.report.verdict import judge
@@ -42,8 +41,7 @@ def publish(
 def _is_whole(adapter: Path) -> bool:
     """Whether it is there as it was written, as far as its configuration and weights tell."""
     try:
-        require_plain_lora(adapter / "adapter_config.json")
-        load_sealed(adapter / "adapter_model.safetensors")
+        load_plain_lora(adapter)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError):
         return False
     return True

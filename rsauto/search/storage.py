@@ -45,9 +45,16 @@ DRIVERS = {
     "postgresql": ("psycopg", "psycopg2"),
     "mysql": ("pymysql", "MySQLdb", "mysql.connector"),
 }
-"""Modules that speak to a database, by scheme; the first is what the extra of its name brings."""
+"""Modules that speak to a database, by SQLAlchemy's name of it; EXTRAS bring the first one."""
 
-SCHEMES = {"postgres": "postgresql", "mariadb": "mysql"} | {name: name for name in DRIVERS}
+EXTRAS = {"postgresql": "postgres", "mysql": "mysql"}
+"""What is installed for them: rsauto[postgres]."""
+
+SCHEMES = {"postgresql": "postgresql", "postgres": "postgresql",
+           "mysql": "mysql", "mariadb": "mysql"}  # fmt: skip
+"""Of URLs without a driver. Optuna knows MariaDB by the name of MySQL alone."""
+
+_MARIADB = "mariadb+"
 
 _TRANSIENT = (StorageInternalError, SQLAlchemyError)
 
@@ -64,7 +71,8 @@ def open_storage(
     except InputError:
         raise
     except (
-        SQLAlchemyError, StorageInternalError, ImportError, ValueError, TypeError, OSError
+        SQLAlchemyError, StorageInternalError, ImportError, ValueError, TypeError, OSError,
+        RuntimeError,  # of pymysql, where a password needs the package cryptography
     ) as error:  # fmt: skip
         reason = without_secrets(str(error.__cause__ or error), url).strip().split("\n")[0]
         raise InputError(
@@ -100,12 +108,13 @@ def _widen(storage: RDBStorage) -> None:
     A record with a long curve is larger, and elsewhere TEXT has no such end.
     """
     narrow = text(
-        "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = "
-        "DATABASE() AND column_name = 'value_json' AND data_type = 'text'"
+        "SELECT table_name FROM information_schema.columns WHERE table_schema = DATABASE() AND "
+        "table_name IN ('study_user_attributes', 'trial_user_attributes') AND "
+        "column_name = 'value_json' AND data_type = 'text'"
     )
     with storage.engine.begin() as connection:
-        for table, column in connection.execute(narrow).all():
-            connection.execute(text(f"ALTER TABLE `{table}` MODIFY `{column}` LONGTEXT"))
+        for table in connection.execute(narrow).scalars().all():
+            connection.execute(text(f"ALTER TABLE {table} MODIFY value_json LONGTEXT"))
 
 
 def driver_url(url: str) -> str:
@@ -113,6 +122,8 @@ def driver_url(url: str) -> str:
 
     SQLAlchemy takes postgresql:// to mean psycopg2, and mysql:// mysqlclient.
     """
+    if url.startswith(_MARIADB):
+        return f"mysql+{url.removeprefix(_MARIADB)}"
     scheme, separator, rest = url.partition("://")
     kind = SCHEMES.get(scheme)
     if not separator or kind is None:
@@ -120,9 +131,9 @@ def driver_url(url: str) -> str:
     for module in DRIVERS[kind]:
         if _is_installed(module):
             return f"{kind}+{module.lower().replace('.', '')}://{rest}"
-    name = {"postgresql": "postgres"}.get(kind, kind)
     raise InputError(
-        f"--storage {shown(url)}: {scheme}:// needs a driver. Run pip install 'rsauto[{name}]'."
+        f"--storage {shown(url)}: {scheme}:// needs a driver. "
+        f"Run pip install 'rsauto[{EXTRAS[kind]}]'."
     )
 
 

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_ledger import config_of, journal_ledger, settle, spec_of
 
+from rsauto.adapters.export import write_adapter
 from rsauto.adapters.sealed import load_sealed, sealed
 from rsauto.atomic import beside
 from rsauto.errors import InputError
-from rsauto.exports.adapter_config import require_plain_lora
+from rsauto.exports.adapter_config import load_plain_lora
 from rsauto.records import TrialRecord
 from rsauto.search.folder import StudyFolder
 from rsauto.search.identity import require_nothing_lost, require_own_journal
@@ -193,27 +194,30 @@ def test_a_flipped_bit_in_an_adapter_is_told_or_changes_nothing(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword")
-def test_a_flipped_bit_in_an_adapters_configuration_changes_no_number(tmp_path: Path) -> None:
-    """Where it is not told. Alpha and rank stand there twice, in a sense: they are equal."""
+def test_a_flipped_bit_in_an_adapters_configuration_changes_no_logit(tmp_path: Path) -> None:
+    """Where it is not told. Alpha and rank are equal, and modules are named by the weights, too."""
     path, draw = tmp_path / "adapter_config.json", random.Random(0)
-    pattern = {"model.layers.0.mlp.up_proj": 12, "model.layers.1.self_attn.q_proj": 3}
+    ranks = {"layers.0.up_proj": 12, "layers.1.q_proj": 3}
     written = LoraConfig(
-        r=8, lora_alpha=8, rank_pattern=pattern, alpha_pattern=pattern,
-        target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", base_model_name_or_path="base",
+        r=8, lora_alpha=8, rank_pattern=ranks, alpha_pattern=ranks, modules_to_save=["score"],
+        target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS", base_model_name_or_path="base",
     )  # fmt: skip
-    written.save_pretrained(str(tmp_path))
+    written.target_modules = ["q_proj", "up_proj"]  # type: ignore[assignment]
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(2, 2) for name in ranks}
+    write_adapter(tmp_path, {**tensors, "base_model.model.score.weight": torch.zeros(2)}, written)
     data, told = path.read_bytes(), 0
-    require_plain_lora(path)
+    load_plain_lora(tmp_path)
     for _ in range(FLIPS):
         path.write_bytes(flipped(data, draw))
         try:
-            require_plain_lora(path)
+            load_plain_lora(tmp_path)
             found = LoraConfig.from_pretrained(str(tmp_path))
         except (ValueError, TypeError, AttributeError):
             told += 1
             continue
         assert (found.r, found.lora_alpha, found.use_rslora) == (8, 8, False)
         assert list(found.rank_pattern.values()) == list(found.alpha_pattern.values()) == [12, 3]
+        assert set(found.target_modules or ()) == {"q_proj", "up_proj"}
     assert told > 0.3 * FLIPS, "the rest fell on names and on what is not rsauto's"
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from postgres import free_port, unprivileged
@@ -20,7 +21,7 @@ DATABASES = ("killed", "wide")
 @contextmanager
 def server() -> Iterator[str]:
     """Its URL, to which a name of DATABASES is added."""
-    pymysql = pytest.importorskip("pymysql", reason="pip install 'rsauto[mysql]'")
+    pytest.importorskip("pymysql", reason="pymysql is missing: pip install 'rsauto[mysql]'")
     install, daemon = shutil.which("mariadb-install-db"), shutil.which("mariadbd")
     if install is None or daemon is None:
         pytest.skip("no MariaDB server here: no mariadb-install-db and mariadbd on the PATH")
@@ -38,13 +39,7 @@ def server() -> Iterator[str]:
         subprocess.run(make, check=True, capture_output=True)
         process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            for _ in range(300):
-                assert process.poll() is None, f"{daemon} ended by itself"
-                try:
-                    connection = pymysql.connect(host="127.0.0.1", port=port, user="root")
-                    break
-                except pymysql.OperationalError:
-                    time.sleep(0.1)
+            connection = _connected(process, port)
             with connection, connection.cursor() as cursor:
                 for name in DATABASES:
                     cursor.execute(f"CREATE DATABASE {name}")
@@ -54,3 +49,15 @@ def server() -> Iterator[str]:
             process.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connected(process: subprocess.Popen[bytes], port: int) -> Any:
+    import pymysql
+
+    for _ in range(300):
+        assert process.poll() is None, "mariadbd ended by itself"
+        try:
+            return pymysql.connect(host="127.0.0.1", port=port, user="root")
+        except pymysql.OperationalError:
+            time.sleep(0.1)
+    raise AssertionError("MariaDB did not start")
