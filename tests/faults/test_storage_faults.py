@@ -190,7 +190,9 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
     """A study whose workers die and are replaced; what is left of it."""
     chance = random.Random(0)
     with postgres.running() as server, tempfile.TemporaryDirectory() as folder:
-        study, out = write_study(Path(folder), trials=100_000), Path(folder) / "out"
+        # Random, so that it never comes to its end by itself.
+        endless = {"trials": 100_000, "strategy": "random", "min_improvement": 0.0}
+        study, out = write_study(Path(folder), **endless), Path(folder) / "out"
         options = ("--storage", server.url)
         host = command_line("study", study, "--out", out, *options, step_seconds=0.2)
         wait_for(lambda: len(trials_of(server.url)) > 0, host)
