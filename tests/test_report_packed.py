@@ -172,6 +172,9 @@ def test_the_note_counts_packed_trials_and_is_silent_without_any() -> None:
     note = packing_note(MOSTLY_PACKED)
     assert note is not None
     assert note.startswith("4 of 7 trials were trained in packs, up to 8 together")
+    in_turns = packing_note([replace(trial, pack_size=1) for trial in MOSTLY_PACKED])
+    assert in_turns is not None
+    assert in_turns.startswith("4 of 7 trials were trained in turns with others of their cohort")
     assert packing_note([t for t in MOSTLY_PACKED if t.engine == "peft"]) is None
     assert packing_note([]) is None
 

@@ -82,8 +82,9 @@ def packing_note(records: Sequence[TrialRecord]) -> str | None:
     if not packed:
         return None
     most = max(record.pack_size or 1 for record in packed)
+    how = f"in packs, up to {most} together" if most > 1 else "in turns with others of their cohort"
     return (
-        f"{len(packed)} of {len(records)} trials were trained in packs, up to {most} together; "
+        f"{len(packed)} of {len(records)} trials were trained {how}; "
         "such a trial has no peak or time of its own. Measured peaks and times are of trials that "
         "ran alone, and missing where none of a rank did; predictions are of a trial alone."
     )
