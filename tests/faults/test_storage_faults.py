@@ -209,7 +209,8 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
                 workers.append(command_line("worker", server.url, "--study", "tiny"))
             assert host.poll() is None, host.communicate()
             time.sleep(1)
-        host.send_signal(signal.SIGTERM)
+        for process in (host, *workers):
+            process.send_signal(signal.SIGTERM)
         output = end(host, *workers)
         num_trials = settled(server.url)
         end(command_line("study", study, "--out", out, *options, "--trials", str(num_trials + 2)))
