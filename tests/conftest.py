@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True, scope="session")
 def _plans_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Plans are kept from test to test, but never read from an earlier run."""
-    os.environ["RSAUTO_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the whole run, whose other process plans the same
+    os.environ["RSAUTO_CACHE_DIR"] = str(folder / "cache")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_study import environment, rsauto, study_values
+from processes import rsauto
+from tiny_study import environment, study_values
 from typer.testing import CliRunner, Result
 
 from rsauto.cli import app

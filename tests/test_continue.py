@@ -16,6 +16,7 @@ import rsauto
 from rsauto.base import BaseSource, open_base
 from rsauto.config import ModelConfig, StudyConfig
 from rsauto.errors import AllTrialsFailedError, InputError
+from rsauto.memory import trace
 from rsauto.search.ledger import Ledger
 from rsauto.search.setup import Objects, set_up
 from rsauto.search.storage import open_storage
@@ -72,11 +73,14 @@ def test_other_weights_of_the_same_size_are_noticed(tmp_path: Path) -> None:
         rsauto.run_study(config, out=tmp_path / "out")
 
 
-def test_the_same_model_in_another_place_is_the_same(tmp_path: Path) -> None:
-    """Also where the study wrote its fingerprint as earlier versions did."""
+def test_the_same_model_in_another_place_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the study wrote its fingerprint as earlier versions did. Its plans hold, too."""
     values = values_of(tmp_path, 1)
     study = rsauto.run_study(values, out=tmp_path / "out")
     moved = (tmp_path / "model").rename(tmp_path / "moved")
+    monkeypatch.setattr(trace, "trace_step", lambda *_, **__: pytest.fail("traced again"))
     values["model"]["name"] = str(moved)
     source = open_base(ModelConfig(name=str(moved)))
     assert study.environment["fingerprints"]["model"] == source.fingerprint

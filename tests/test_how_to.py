@@ -14,6 +14,7 @@ from pathlib import Path
 import postgres
 import pytest
 import yaml
+from processes import Child, command_line
 from test_workers_postgres import trials_of, wait_for
 from tiny_study import environment, records, rows, study_values, write_model
 from typer.testing import CliRunner
@@ -87,18 +88,15 @@ def run(line: str, **places: str) -> str:
     return done.output
 
 
-def start(line: str, **places: str) -> subprocess.Popen[str]:
+def start(line: str, **places: str) -> Child:
     """In a process of its own."""
     program, *words = shlex.split(line, comments=True)
     assert program == "rsauto", line
     words = [places.get(word, word) for word in words]
-    return subprocess.Popen(
-        [sys.executable, "-m", "rsauto", *words, *SHORTER.get(words[0], [])],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return command_line(*words, *SHORTER.get(words[0], []))
 
 
-def require_ended(*processes: subprocess.Popen[str]) -> None:
+def require_ended(*processes: Child) -> None:
     try:
         for process in processes:
             said, _ = process.communicate(timeout=300)

@@ -6,15 +6,14 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_study import environment, records, rsauto, write_study
+from processes import Child, command_line, rsauto
+from tiny_study import records, write_study
 
 TIMES = {"train_seconds", "tokens_per_second", "worker", "started_at", "retry_of", "number"}
 """Fields in which a continued study may differ from an undisturbed one."""
@@ -40,30 +39,17 @@ def undisturbed(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def start(
-    study_file: Path, out: Path, step_seconds: float = 0.15, **options: Any
-) -> subprocess.Popen[str]:
+    study_file: Path,
+    out: Path,
+    step_seconds: float = 0.15,
+    prepare: Callable[[], None] | None = None,
+) -> Child:
     """The command line running, its trials stretched so that it can be hit in the middle of one."""
-    code = (
-        "import time, rsauto.training.loop as loop\n"
-        "real = loop.accumulate_gradients\n"
-        "def slow(*a):\n"
-        f"    time.sleep({step_seconds})\n"
-        "    return real(*a)\n"
-        "loop.accumulate_gradients = slow\n"
-        "from rsauto.cli import app\n"
-        f"app(['study', {str(study_file)!r}, '--out', {str(out)!r}])\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        **options,
-    )
+    words = ("study", study_file, "--out", out)
+    return command_line(*words, step_seconds=step_seconds, prepare=prepare, own_stderr=True)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Child) -> None:
     for _ in range(1200):
         if condition():
             return
@@ -147,7 +133,7 @@ def test_a_full_disk_ends_the_study_with_one_message_and_it_continues(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, resource.RLIM_INFINITY))
 
-    process = start(study_file, out, preexec_fn=small_files_only)
+    process = start(study_file, out, prepare=small_files_only)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 4, stderr
     assert "cannot be written: File too large" in stderr

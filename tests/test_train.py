@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_study import environment, records, study_values
+from processes import Child, command_line
+from tiny_study import records, study_values
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -258,25 +257,9 @@ def said(result: Result) -> str:
     return " ".join(result.stderr.split())
 
 
-def start(*command: object, step_seconds: float = 0.2) -> subprocess.Popen[str]:
+def start(*words: object, step_seconds: float = 0.2) -> Child:
     """The command line running, its steps stretched so that it can be hit between two of them."""
-    code = (
-        "import time, rsauto.training.loop as loop\n"
-        "real = loop.accumulate_gradients\n"
-        "def slow(*a):\n"
-        f"    time.sleep({step_seconds})\n"
-        "    return real(*a)\n"
-        "loop.accumulate_gradients = slow\n"
-        "from rsauto.cli import app\n"
-        f"app({[str(part) for part in command]!r})\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    return command_line(*map(str, words), step_seconds=step_seconds, own_stderr=True)
 
 
 def steps_in(out: Path) -> int:
@@ -284,7 +267,7 @@ def steps_in(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: Child) -> None:
     for _ in range(3000):
         if condition():
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Generator
 from itertools import chain
@@ -17,8 +16,9 @@ import pytest
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from processes import Child, command_line
 from test_ledger import config_of, journal_ledger, settle, spec_of
-from test_workers_postgres import check_books, command_line, wait_for
+from test_workers_postgres import check_books, wait_for
 from tiny_study import records, write_study
 
 from rsauto import launch
@@ -427,7 +427,7 @@ def test_a_worker_whose_gpu_is_smaller_than_the_budget_is_refused(
         list(worker_events(join_study(str(tmp_path))))
 
 
-def workers_of(host: subprocess.Popen[str]) -> list[int]:
+def workers_of(host: Child) -> list[int]:
     """Process ids of the workers that a study has started."""
     import psutil
 
@@ -441,7 +441,7 @@ def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued
     tmp_path: Path,
 ) -> None:
     study, out = write_study(tmp_path, trials=8), tmp_path / "out"
-    host = command_line("study", study, "--out", out, "--workers", "2")
+    host = command_line("study", study, "--out", out, "--workers", "2", step_seconds=1.5)
     try:
         wait_for(lambda: bool(workers_of(host)), host)
         (worker,) = workers_of(host)
@@ -462,7 +462,9 @@ def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued
     ledger = Ledger.join(open_storage(None, out / "journal.log"), "tiny")
     check_books(ledger.study.trials, records(out), 8)
 
-    host = command_line("study", study, "--out", out, "--workers", "2", "--trials", "12")
+    host = command_line(
+        "study", study, "--out", out, "--workers", "2", "--trials", "12", step_seconds=0.1
+    )
     try:
         wait_for(lambda: bool(workers_of(host)), host)
         (worker,) = workers_of(host)

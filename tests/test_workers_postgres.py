@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +15,9 @@ import optuna
 import postgres
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from processes import Child, command_line
 from test_ledger import config_of, settle, spec_of
-from tiny_study import environment, records, write_study
+from tiny_study import records, write_study
 
 from rsauto.errors import InputError, StudyInterrupted
 from rsauto.records import TrialRecord, TrialSpec
@@ -38,33 +37,8 @@ def url() -> Iterator[str]:
         yield found
 
 
-def command_line(
-    *arguments: str | Path, step_seconds: float = 0.1, before: str = ""
-) -> subprocess.Popen[str]:
-    """The command line, its trials stretched so that it can be hit in the middle of one.
-
-    ``before`` is Python to run first.
-    """
-    code = before + (
-        "import time, rsauto.training.loop as loop\n"
-        "real = loop.accumulate_gradients\n"
-        "def slow(*a):\n"
-        f"    time.sleep({step_seconds})\n"
-        "    return real(*a)\n"
-        "loop.accumulate_gradients = slow\n"
-        "from rsauto.training.packed import Pack\n"
-        "together = Pack.advance\n"
-        "def slow_together(pack):\n"
-        f"    time.sleep({step_seconds})\n"
-        "    return together(pack)\n"
-        "Pack.advance = slow_together\n"
-        "from rsauto.cli import app\n"
-        f"app({[str(argument) for argument in arguments]!r})\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-    )  # fmt: skip
+def worker_at(url: str) -> Child:
+    return command_line("worker", url, "--study", "tiny", step_seconds=0.1)
 
 
 def trials_of(url: str, name: str = "tiny") -> list[FrozenTrial]:
@@ -75,7 +49,7 @@ def trials_of(url: str, name: str = "tiny") -> list[FrozenTrial]:
         return []
 
 
-def runs_a_trial(url: str, process: subprocess.Popen[str]) -> Callable[[], bool]:
+def runs_a_trial(url: str, process: Child) -> Callable[[], bool]:
     """Whether that process is in the middle of one."""
 
     def is_running() -> bool:
@@ -89,7 +63,7 @@ def runs_a_trial(url: str, process: subprocess.Popen[str]) -> Callable[[], bool]
     return is_running
 
 
-def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], *processes: Child) -> None:
     for _ in range(2400):
         if condition():
             return
@@ -133,12 +107,12 @@ def lose_workers(
     url: str, study: Path, out: Path, *, num_trials: int, num_workers: int, num_killed: int
 ) -> None:
     """Runs a study with workers of whom some die in the middle of a trial; checks its books."""
-    # Slow enough to leave some trials for those who come later.
-    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=1.0)
+    # Slow enough to leave trials for those who come later.
+    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.5)
     workers = []
     try:
         wait_for(lambda: len(trials_of(url)) > 0, host)
-        workers = [command_line("worker", url, "--study", "tiny") for _ in range(num_workers)]
+        workers = [worker_at(url) for _ in range(num_workers)]
         for victim in workers[:num_killed]:
             wait_for(runs_a_trial(url, victim), host, victim)
             os.kill(victim.pid, signal.SIGKILL)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import postgres
 import pytest
-from test_workers_postgres import check_books, command_line, trials_of
+from processes import command_line
+from test_workers_postgres import check_books, trials_of
 from tiny_study import records, write_study
 
 pytest.importorskip("ray", reason="ray is missing: pip install 'rsauto[ray]'")

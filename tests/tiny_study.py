@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +79,9 @@ def write_study(folder: Path, **search: Any) -> Path:
 
 def environment() -> dict[str, str]:
     """For subprocesses: offline, one thread, so that results are bit-equal."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-
-def rsauto(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "rsauto", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment(), timeout=300, **options
-    )
+    inherited = dict(os.environ)
+    inherited.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling rsauto is a tenth of a start
+    return {**inherited, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def records(out: Path) -> list[dict[str, Any]]:

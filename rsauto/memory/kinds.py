@@ -5,6 +5,7 @@ Plain values without torch, so that a plan that was made before is read in no ti
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -40,7 +41,7 @@ class StepKind:
     """Everything that changes which operations a step runs. Equal kinds run the same ones."""
 
     model_config: str
-    """The Hugging Face configuration as JSON."""
+    """The Hugging Face configuration as `configuration_text` gives it."""
     task: TaskType = "CAUSAL_LM"
     method: PlannedMethod = "lora"
     target_modules: Targets = "all-linear"
@@ -76,6 +77,16 @@ class StepKind:
     has_token_types: bool = False
     """Whether batches carry token_type_ids."""
     device_type: DeviceType = "cuda"
+
+
+def configuration_text(fields: Mapping[str, Any]) -> str:
+    """The `model_config` of a `StepKind`. It leaves out where the configuration was read: a model
+    that was moved has the same steps, and is not traced again.
+
+    Raises TypeError or ValueError for what is not plain JSON.
+    """
+    kept = {name: value for name, value in fields.items() if name != "_name_or_path"}
+    return json.dumps(kept, sort_keys=True)
 
 
 class StepSize(NamedTuple):

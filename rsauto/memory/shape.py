@@ -10,7 +10,7 @@ from typing import Any
 
 from rsauto.config import TaskType
 from rsauto.errors import InputError, nearest
-from rsauto.memory.kinds import Bits, DtypeName
+from rsauto.memory.kinds import Bits, DtypeName, configuration_text
 from rsauto.memory.presets import (
     PRESET_NAMES,
     is_preset,
@@ -27,7 +27,7 @@ class ModelShape:
 
     name: str
     config_json: str
-    """The Hugging Face configuration, keys sorted."""
+    """The Hugging Face configuration, as a `StepKind` has it."""
     dtype: DtypeName
     """That the weights were saved in."""
     quant_bits: Bits | None
@@ -49,7 +49,7 @@ def model_shape(
     if task == "SEQ_CLS":
         fields = _with_labels(fields, num_labels)
     try:
-        config_json = json.dumps(fields, sort_keys=True)
+        config_json = configuration_text(fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"model: the configuration is not plain JSON ({error}).") from None
     return ModelShape(

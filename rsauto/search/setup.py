@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import cast
@@ -14,7 +15,13 @@ from rsauto.config import StudyConfig
 from rsauto.data import Preflight, TokenisedData
 from rsauto.devices import card_of, outside_bytes
 from rsauto.errors import BudgetError, InputError
-from rsauto.memory.kinds import Attention, DtypeName, Prediction, StepKind
+from rsauto.memory.kinds import (
+    Attention,
+    DtypeName,
+    Prediction,
+    StepKind,
+    configuration_text,
+)
 from rsauto.memory.planner import MemoryPlanner, MicroBatch, TrialSettings
 from rsauto.memory.product import mean_tokens, planned_order
 from rsauto.memory.profiles import Profiles
@@ -180,7 +187,7 @@ def _planner(
         bits = saved_bits(source.config) or config.model.quant_bits
         base = sharded_base(source, bits, spread.size)
     kind = StepKind(
-        model_config=source.config.to_json_string(use_diff=False),
+        model_config=configuration_text(json.loads(source.config.to_json_string(use_diff=False))),
         task=source.task,
         dtype=cast(DtypeName, str(source.dtype).removeprefix("torch.")),
         adapter_dtype=config.model.adapter_dtype,

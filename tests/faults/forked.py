@@ -8,20 +8,17 @@ that was killed there.
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from processes import ended, in_child
 from safetensors.torch import load_file
 from tiny_study import records, study_values
 
@@ -66,40 +63,6 @@ def run_to(config: StudyConfig, out: Path, stage: str | None = None) -> int:
         os.write(2, f"{error}\n".encode())
         return error.exit_code
     return 0
-
-
-def forked(work: Callable[[], int], log: Path) -> int:
-    """The pid of a child that does ``work``, which gives its exit code. Its output is in ``log``.
-
-    Its random numbers are its own: nothing may depend on where the parent's stood.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        random.seed()
-        np.random.seed(os.getpid())
-        torch.manual_seed(os.getpid())
-        code = work()
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """The exit code of a child, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def in_child(work: Callable[[], int], log: Path) -> tuple[int, str]:
-    """Exit code and output of ``work`` in a child."""
-    code = ended(forked(work, log))
-    return code, log.read_text(encoding="utf-8", errors="replace")
 
 
 def require_continued(config: StudyConfig, out: Path, stage: str | None = None) -> None:

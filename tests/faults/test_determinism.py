@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import REPORT, Undisturbed, in_child, require_equal, run_to, tiny
+from forked import REPORT, Undisturbed, require_equal, run_to, tiny
+from processes import in_child
 from tiny_study import environment, records
 
 from rsauto.config import StudyConfig

@@ -20,14 +20,12 @@ from forked import (
     Moments,
     Undisturbed,
     copied,
-    ended,
-    forked,
-    in_child,
     require_continued,
     require_equal,
     require_sound,
     run_to,
 )
+from processes import ended, forked, in_child
 
 CONTINUES = "run the same command again"
 SIZES = tuple(map(int, os.environ.get("RSAUTO_DISK_KIB", "24,64,112,160").split(",")))

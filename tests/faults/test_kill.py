@@ -31,7 +31,6 @@ from forked import (
     REPORT,
     Undisturbed,
     copied,
-    forked,
     images,
     killed_after,
     require_continued,
@@ -40,6 +39,7 @@ from forked import (
     run_to,
     undisturbed_in,
 )
+from processes import forked
 from tiny_study import records
 
 from rsauto.search.ledger import MOST_DEATHS

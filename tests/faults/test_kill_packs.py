@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from forked import ended, forked, require_continued, require_sound, run_to, tiny
+from forked import require_continued, require_sound, run_to, tiny
+from processes import ended, forked
 from tiny_study import records
 
 from rsauto.config import StudyConfig

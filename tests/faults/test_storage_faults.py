@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,9 @@ import postgres
 import psutil
 import psycopg
 import pytest
-from test_workers_postgres import check_books, command_line, database, trials_of, wait_for
-from tiny_study import environment, records, write_study
+from processes import Child, command_line
+from test_workers_postgres import check_books, database, trials_of, wait_for, worker_at
+from tiny_study import records, write_study
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
 TRIALS, FEW = 12, 8
@@ -42,7 +42,7 @@ def settled(url: str) -> int:
     return sum("record" in trial.user_attrs for trial in trials_of(url))
 
 
-def end(host: subprocess.Popen[str], *others: subprocess.Popen[str]) -> str:
+def end(host: Child, *others: Child) -> str:
     """What the host said, once it has ended by itself."""
     try:
         output, _ = host.communicate(timeout=300)
@@ -123,11 +123,11 @@ def test_no_command_line_has_the_password_of_a_storage(
 ) -> None:
     """They are everybody's to read; the server asks for no password, so that any will do."""
     url = database(server.url, "secret").replace("rsauto@", "rsauto:s3cr3t@")
-    study, out = write_study(tmp_path, trials=4), tmp_path / "out"
-    command = [sys.executable, "-m", "rsauto", "study", study, "--out", out, "--workers", "2"]
-    host = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**environment(), "RSAUTO_STORAGE": url},
+    study, out = write_study(tmp_path, trials=FEW), tmp_path / "out"
+    host = command_line(
+        "study", study, "--out", out, "--workers", "2",
+        # Slow enough to leave trials for the one that is only starting.
+        step_seconds=1.5, before=f"import os\nos.environ['RSAUTO_STORAGE'] = {url!r}",
     )  # fmt: skip
     seen: set[str] = set()
     while host.poll() is None:
@@ -196,7 +196,7 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
         options = ("--storage", server.url)
         host = command_line("study", study, "--out", out, *options, step_seconds=0.2)
         wait_for(lambda: len(trials_of(server.url)) > 0, host)
-        workers: list[subprocess.Popen[str]] = []
+        workers: list[Child] = []
         num_killed = 0
         stop_at = time.monotonic() + 60 * minutes
         while time.monotonic() < stop_at:
@@ -206,7 +206,7 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
                     os.kill(worker.pid, signal.SIGKILL)
                     num_killed += 1
             while len(workers) < num_workers:
-                workers.append(command_line("worker", server.url, "--study", "tiny"))
+                workers.append(worker_at(server.url))
             assert host.poll() is None, host.communicate()
             time.sleep(1)
         for process in (host, *workers):
