@@ -441,7 +441,7 @@ def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued
     tmp_path: Path,
 ) -> None:
     study, out = write_study(tmp_path, trials=8), tmp_path / "out"
-    host = command_line("study", study, "--out", out, "--workers", "2", step_seconds=1.5)
+    host = command_line("study", study, "--out", out, "--workers", "2", step_seconds=1.0)
     try:
         wait_for(lambda: bool(workers_of(host)), host)
         (worker,) = workers_of(host)
@@ -463,7 +463,7 @@ def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued
     check_books(ledger.study.trials, records(out), 8)
 
     host = command_line(
-        "study", study, "--out", out, "--workers", "2", "--trials", "12", step_seconds=0.1
+        "study", study, "--out", out, "--workers", "2", "--trials", "12", step_seconds=0.5
     )
     try:
         wait_for(lambda: bool(workers_of(host)), host)
