@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rsauto import study_file
@@ -197,6 +198,22 @@ def test_gains_that_go_with_the_theory_are_recognised(papers: Any, reports: Path
     read = papers.ENTRIES["stability-law"].read
     assert read({**arms, "": with_power(0)}).verdict == "reproduced"
     assert read({**arms, "": with_power(0.5)}).verdict == "not reproduced"
+
+
+def test_a_gradient_comes_back_with_the_power_of_a_finite_width(papers: Any) -> None:
+    """Against random matrices; equal to the theorem's 1 where ranks are large, 1/2 where small."""
+    backward_power = importlib.import_module("readings.factors").backward_power
+    draw = np.random.default_rng(0)
+    ranks, width, points = (4, 16, 64, 256), 96, []
+    for rank in ranks:
+        a = draw.uniform(-1, 1, (40, rank, width))
+        x = draw.standard_normal((40, width, 1))
+        back = a.transpose(0, 2, 1) @ (a @ x)
+        points.append(np.log(np.linalg.norm(back) / np.linalg.norm(x)))
+    slope = np.polyfit(np.log(ranks), points, 1)[0]
+    assert backward_power(ranks, width) == pytest.approx(slope, abs=0.02)
+    assert backward_power((2**20, 2**24), width) == pytest.approx(1, abs=1e-3)
+    assert backward_power((1, 2), 10**7) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_what_was_not_run_is_told_and_not_guessed(papers: Any, tmp_path: Path) -> None:
