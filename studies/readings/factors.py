@@ -340,8 +340,8 @@ def _of_a_finite_width(laws: Mapping[tuple[str, int, float], RateLaw | None]) ->
         f"r is no larger than n: over ranks {RANKS[0]} to {RANKS[-1]} and n = {NUM_INPUTS} "
         f"(studies/base-10m) the backward power is then 2p + {expected:.2f}, and what was measured "
         f"differs from that by at most {max(map(abs, found), default=math.nan):.2f}. The forward "
-        "power lies between 2p + 1/2, of inputs at right angles to each other, and 2p + 1, of equal "
-        "ones."
+        "power lies between 2p + 1/2, of inputs at right angles to each other, and 2p + 1, of "
+        "equal ones."
     )
 
 
