@@ -140,13 +140,21 @@ def _footer(name: str, arms: Arms) -> str:
     versions = ", ".join(f"{p} {packages[p]}" for p in ("torch", "peft") if p in packages)
     model, training = arms[""].config.model.name, arms[""].config.training
     clock = f", {seconds / 60:.0f} minutes of training" if seconds else ""
+    options = _options(name, arms[""])
     return (
         f"Model {model}, {training.steps} steps of {training.batch_size} rows, "
         f"{training.optimizer} unless the table says otherwise; {len(records)} trials{clock}; "
         f"{versions}. Validation rows only; no test row was read. Records: trials.jsonl in this "
-        f"folder. Made by `python studies/papers.py run {name}` and "
+        f"folder. Made by `python studies/papers.py run {name}{options}` and "
         f"`python studies/papers.py read {name}`; settings and presets in studies/{name}.yaml.\n"
     )
+
+
+def _options(name: str, study: Study) -> str:
+    """With which the records were made: data in a local folder have no subset."""
+    if study.config.data.name == "embedded":
+        return " --quick" * ENTRIES[name].on_gsm8k
+    return " --gsm8k FOLDER" * (ENTRIES[name].on_gsm8k and study.config.data.subset is None)
 
 
 def summary(reports: Path) -> str:

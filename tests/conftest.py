@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +26,13 @@ def _plans_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # that of the whole run, whose other process plans the same
     os.environ["RSAUTO_CACHE_DIR"] = str(folder / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_child_outlives_its_test() -> Iterator[None]:
+    yield
+    if "processes" in sys.modules:
+        sys.modules["processes"].kill_all()
 
 
 @pytest.fixture

@@ -1,22 +1,27 @@
 """The command line in a child that is forked off this process, which has imported everything.
 
 A process of its own takes ten seconds of a processor before its first line of work. Tests of what
-starts processes (`--workers`, the launchers, the tutorial) let it; all others need not.
+starts processes (`--workers`, the launchers, the tutorial), and of what may depend on the hash
+seed, let it; all others need not.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,7 +47,8 @@ def forked(work: Callable[[], int], log: Path, errors: Path | None = None) -> in
     """The pid of a child that does ``work``, which gives its exit code. Its output is in ``log``,
     what it writes to stderr in ``errors`` if that is given.
 
-    Its random numbers are its own: nothing may depend on where the parent's stood.
+    Its random numbers are its own: nothing may depend on where the parent's stood. What libraries
+    have registered for their exit in the parent is not run.
     """
     pid = os.fork()
     if pid:
@@ -50,21 +56,38 @@ def forked(work: Callable[[], int], log: Path, errors: Path | None = None) -> in
     code = 1
     try:
         _become_a_process(log, errors or log)
-        code = work()
-        atexit._run_exitfuncs()
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        code = _exit_code_of(work)
+        threading._shutdown()  # type: ignore[attr-defined]  # as every process waits for its threads
         atexit._run_exitfuncs()
     except BaseException:
+        code = code or 1
         traceback.print_exc()
     finally:
+        _leave(code)
+
+
+def _exit_code_of(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+
+
+def _leave(code: int) -> NoReturn:
+    """Whatever happens: a child that returned would go on as a second test run."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(code)
 
 
 def _become_a_process(log: Path, errors: Path) -> None:
-    """Nothing of the test run is left in it: its output, signals, exit functions, random state."""
+    """Nothing of the test run is left in it: what hears its output, its warnings and the failures
+    of its threads, its signals, exit functions and random state."""
     atexit._clear()
     for number, file in ((1, log), (2, errors)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -74,6 +97,17 @@ def _become_a_process(log: Path, errors: Path) -> None:
     sys.stderr = sys.__stderr__ = open(  # type: ignore[misc]
         2, "w", closefd=False, buffering=1
     )
+    threading.excepthook = threading.__excepthook__
+    sys.unraisablehook = sys.__unraisablehook__
+    warnings.showwarning = lambda *warning: print(
+        warnings.formatwarning(*warning[:4]), file=sys.stderr
+    )
+    for logger in (logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)):
+        for handler in list(logger.handlers):
+            if type(handler).__module__.startswith("_pytest"):
+                logger.removeHandler(handler)
+            elif type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     random.seed()
@@ -81,9 +115,16 @@ def _become_a_process(log: Path, errors: Path) -> None:
     torch.manual_seed(os.getpid())
 
 
-def ended(pid: int) -> int:
-    """The exit code of a child, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def ended(pid: int, timeout: float = 600) -> int:
+    """The exit code of a child, negative where a signal ended it. One that hangs is killed."""
+    until = time.monotonic() + timeout
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def in_child(work: Callable[[], int], log: Path) -> tuple[int, str]:
@@ -91,6 +132,15 @@ def in_child(work: Callable[[], int], log: Path) -> tuple[int, str]:
     log.unlink(missing_ok=True)
     code = ended(forked(work, log))
     return code, log.read_text(encoding="utf-8", errors="replace")
+
+
+_LIVING: set[Child] = set()
+
+
+def kill_all() -> None:
+    """Those that a test has left running."""
+    for child in list(_LIVING):
+        child.kill()
 
 
 class Child:
@@ -102,12 +152,14 @@ class Child:
         self._errors = Path(self._folder.name, "stderr") if own_stderr else self._log
         self.returncode: int | None = None
         self.pid = forked(work, self._log, self._errors)
+        _LIVING.add(self)
 
     def poll(self) -> int | None:
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
+                _LIVING.discard(self)
         return self.returncode
 
     def wait(self, timeout: float = 300) -> int:
@@ -130,6 +182,7 @@ class Child:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+        self.wait()
 
     @staticmethod
     def _said(file: Path) -> str:
@@ -144,7 +197,7 @@ def command_line(
     cwd: Path | None = None,
     own_stderr: bool = False,
 ) -> Child:
-    """`rsauto WORDS`, as in a process of its own.
+    """`rsauto WORDS` in a forked child.
 
     Its steps are stretched by ``step_seconds``, so that it can be hit in the middle of a trial.
     ``before`` is Python, and ``prepare`` a function, to run first.
@@ -155,7 +208,9 @@ def command_line(
     arguments = [str(word) for word in words]
 
     def work() -> int:
-        os.environ.update(environment())
+        inherited = environment()
+        os.environ.clear()
+        os.environ.update(inherited)
         if cwd is not None:
             os.chdir(cwd)
         sys.argv = ["rsauto", *arguments]

@@ -159,6 +159,7 @@ def test_several_processes_on_one_machine(place: Path) -> None:
 def test_several_machines(place: Path, url: str) -> None:
     lines = [line for line in command_lines("several-machines") if DATABASE in line]
     study, worker = lines
+    trials_of(url)  # makes Optuna's tables, for which two at once hinder each other
     host = start(study, **{DATABASE: url})
     try:
         wait_for(lambda: bool(trials_of(url, "gsm8k")), host)

@@ -109,6 +109,7 @@ def lose_workers(
     url: str, study: Path, out: Path, *, num_trials: int, num_workers: int, num_killed: int
 ) -> None:
     """Runs a study with workers of whom some die in the middle of a trial; checks its books."""
+    trials_of(url)  # Optuna's tables; two that make them at the same moment hinder each other
     # Slow enough to leave trials for those who come later.
     host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.5)
     workers = []
@@ -146,7 +147,9 @@ def database(url: str, name: str) -> str:
 
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
-    return url.rsplit("/", 1)[0] + f"/{name}"
+    made = url.rsplit("/", 1)[0] + f"/{name}"
+    trials_of(made)  # Optuna's tables; two that make them at the same moment hinder each other
+    return made
 
 
 def test_what_cannot_be_joined_is_told(url: str) -> None:

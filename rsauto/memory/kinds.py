@@ -80,13 +80,18 @@ class StepKind:
 
 
 def configuration_text(fields: Mapping[str, Any]) -> str:
-    """The `model_config` of a `StepKind`. It leaves out where the configuration was read: a model
-    that was moved has the same steps, and is not traced again.
+    """The `model_config` of a `StepKind`, without what changes no step: where the configuration was
+    read, what wrote it, how classes are called. A model that was moved is not traced again.
 
     Raises TypeError or ValueError for what is not plain JSON.
     """
-    kept = {name: value for name, value in fields.items() if name != "_name_or_path"}
+    kept = {name: value for name, value in fields.items() if name not in _OF_NO_STEP}
+    if isinstance(labels := fields.get("id2label"), Mapping):
+        kept["num_labels"] = len(labels)
     return json.dumps(kept, sort_keys=True)
+
+
+_OF_NO_STEP = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 class StepSize(NamedTuple):

@@ -69,13 +69,14 @@ def loraplus(arms: Arms) -> Reading:
         "which flatters it.",
         tables=[
             Table(
-                title="Each ratio at its own learning rate (of A). Speed: steps of ratio 1 over "
-                "the steps after which the loss is as low as ratio 1's at the end, between "
-                "evaluations interpolated.",
+                title="Each ratio at its own learning rate (of A). Speed: steps until "
+                "ratio 1 first had its final loss over steps until this ratio had it, between "
+                "evaluations interpolated; 0 where it never had.",
                 headers=["lr_ratio", "learning rate", "validation loss", "less ratio 1", "speed"],
                 rows=rows,
             )
         ],
+        remarks=_at_an_edge(study, tuned),
     )
 
 
@@ -103,19 +104,38 @@ def _relative(records: Sequence[TrialRecord], plain: Sequence[TrialRecord]) -> M
 
 
 def _speed(record: TrialRecord, plain: TrialRecord) -> float:
-    """Steps of ``plain`` over those after which ``record`` is as good; 0 where it never is."""
+    """How many times sooner than ``plain`` itself it first has plain's final loss; 0 for never."""
     target = final_loss(plain)
     if not math.isfinite(target):
         return math.nan
+    return _steps_to(plain, target) / _steps_to(record, target)
+
+
+def _steps_to(record: TrialRecord, target: float) -> float:
+    """Steps until the validation loss is first as low, between evaluations interpolated."""
     before = None
     for point in record.curve:
         if point.eval_loss <= target:
             if before is None:
-                return plain.curve[-1].step / point.step
+                return point.step
             share = (before.eval_loss - target) / (before.eval_loss - point.eval_loss)
-            return plain.curve[-1].step / (before.step + share * (point.step - before.step))
+            return before.step + share * (point.step - before.step)
         before = point
-    return 0.0
+    return math.inf
+
+
+def _at_an_edge(study: Study, tuned: Mapping[float, Sequence[TrialRecord]]) -> list[str]:
+    """Ratios whose best rate is the lowest or highest tried: a better one may lie beyond."""
+    found = []
+    for end, name in ((min, "lowest"), (max, "highest")):
+        edge = end(record.learning_rate for record in study.records)
+        ratios = [f"{r:g}" for r, records in tuned.items() if records[0].learning_rate == edge]
+        if ratios:
+            found.append(f"ratio {' and '.join(ratios)} the {name}")
+    told = "; ".join(found)
+    return [
+        f"Best at the edge of the rates tried, so that a better one may lie beyond: {told}."
+    ] * (bool(found))
 
 
 # ---------------------------------------------------------------------- AdaLoRA

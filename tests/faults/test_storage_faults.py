@@ -19,6 +19,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import postgres
 import psutil
@@ -194,6 +195,7 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
         endless = {"trials": 100_000, "strategy": "random", "min_improvement": 0.0}
         study, out = write_study(Path(folder), **endless), Path(folder) / "out"
         options = ("--storage", server.url)
+        trials_of(server.url)  # makes Optuna's tables
         host = command_line("study", study, "--out", out, *options, step_seconds=0.2)
         wait_for(lambda: len(trials_of(server.url)) > 0, host)
         workers: list[Child] = []
