@@ -79,9 +79,13 @@ class StepKind:
     device_type: DeviceType = "cuda"
 
 
+_OF_NO_STEP = ("_name_or_path", "transformers_version", "id2label", "label2id")
+"""Fields of a configuration: where it was read, what wrote it, how classes are called."""
+
+
 def configuration_text(fields: Mapping[str, Any]) -> str:
-    """The `model_config` of a `StepKind`, without what changes no step: where the configuration was
-    read, what wrote it, how classes are called. A model that was moved is not traced again.
+    """The `model_config` of a `StepKind`, without what changes no step. So a model that was moved
+    is not traced again.
 
     Raises TypeError or ValueError for what is not plain JSON.
     """
@@ -89,9 +93,6 @@ def configuration_text(fields: Mapping[str, Any]) -> str:
     if isinstance(labels := fields.get("id2label"), Mapping):
         kept["num_labels"] = len(labels)
     return json.dumps(kept, sort_keys=True)
-
-
-_OF_NO_STEP = ("_name_or_path", "transformers_version", "id2label", "label2id")
 
 
 class StepSize(NamedTuple):

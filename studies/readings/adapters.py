@@ -132,10 +132,10 @@ def _at_an_edge(study: Study, tuned: Mapping[float, Sequence[TrialRecord]]) -> l
         ratios = [f"{r:g}" for r, records in tuned.items() if records[0].learning_rate == edge]
         if ratios:
             found.append(f"ratio {' and '.join(ratios)} the {name}")
+    if not found:
+        return []
     told = "; ".join(found)
-    return [
-        f"Best at the edge of the rates tried, so that a better one may lie beyond: {told}."
-    ] * (bool(found))
+    return [f"Best at the edge of the rates tried, so that a better one may lie beyond: {told}."]
 
 
 # ---------------------------------------------------------------------- AdaLoRA
