@@ -72,7 +72,7 @@ def study(task: Task, ground: Ground, seed: int, lever: str, target: float) -> R
     specs: dict[int, TrialSpec] = {}
     best: TrialSpec | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for event in study_events(task.config(seed, lever), Path(folder) / "out"):
+        for event in study_events(task.config(seed, lever), Path(folder) / "out", report=False):
             if isinstance(event, Searching):
                 progress = Progress(target)
             elif isinstance(event, TrialStarted):

@@ -30,6 +30,7 @@ def run_study(
     tokenizer: PreTrainedTokenizerBase | None = None,
     train: Sequence[Mapping[str, Any]] | None = None,
     validation: Sequence[Mapping[str, Any]] | None = None,
+    report: bool = True,
 ) -> Study:
     """Runs or continues a study to its end, without a word, and returns it.
 
@@ -38,7 +39,8 @@ def run_study(
     ``train`` rows (a datasets.Dataset or a sequence of dicts; ``validation`` is split off where it
     is not given) take the place of model.name and data.name. The model is frozen, and its dropout
     turned off, in place. In a script that `accelerate launch` or `torchrun` starts several times,
-    all processes call this and train every trial together, in a folder that all can read.
+    all processes call this and train every trial together, in a folder that all can read. Without
+    ``report`` the page and the table are left to `rsauto report`.
 
     Raises InputError or BudgetError before anything is started, StudyInterrupted when the same
     call would continue, AllTrialsFailedError when no trial gave a result.
@@ -49,7 +51,7 @@ def run_study(
     if is_follower():
         follow()
         return load_study(folder)
-    for _ in study_events(checked, folder, storage=storage, objects=objects):
+    for _ in study_events(checked, folder, storage=storage, objects=objects, report=report):
         pass
     return load_study(folder)
 

@@ -72,6 +72,9 @@ def study(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
     ] = None,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Leave report and table to `rsauto report`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search rank, alpha and learning rate. The same command continues an interrupted study."""
@@ -86,7 +89,15 @@ def study(
         options = {"search.trials": trials, "memory_budget": memory_budget, "training.seed": seed}
         loaded = study_file.load(config, preset=preset, sets=set_ or (), options=options)
         folder = out or Path("runs") / loaded.name
-        run_study(loaded, folder, storage, as_json, workers=workers, launcher=launcher)
+        run_study(
+            loaded,
+            folder,
+            storage,
+            as_json,
+            workers=workers,
+            launcher=launcher,
+            report=not no_report,
+        )
 
 
 @app.command()

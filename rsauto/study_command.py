@@ -34,6 +34,7 @@ def run_study(
     *,
     workers: int = 1,
     launcher: str = "local",
+    report: bool = True,
 ) -> None:
     """Runs a study to its end, shown on the terminal."""
     if workers > 1 and num_processes() > 1:
@@ -56,12 +57,14 @@ def run_study(
             from rsauto.search.driver import study_events
 
         crew = crew_of(workers, launcher, storage)
-        events = study_events(config, out, storage=storage, stop=stop, crew=crew)
+        events = study_events(config, out, storage=storage, stop=stop, crew=crew, report=report)
         ended = watch(events, config, console)
     assert ended is not None
     found = load_study(out)
     verdict = judge(found.config, found.records, found.environment)
     print_verdict(found, verdict, console)
+    if not report:
+        console.print(f"for report and table: rsauto report {out}", style="dim", soft_wrap=True)
     console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")
     if as_json:
         typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))

@@ -105,7 +105,7 @@ def outcomes(competitor: str, seed: int) -> Iterator[tuple[int, bool]]:
         return
     config = config_of(competitor.split()[1], seed)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for event in study_events(config, Path(folder) / "out"):
+        for event in study_events(config, Path(folder) / "out", report=False):
             if isinstance(event, Searching):
                 stack.enter_context(Cap())
             elif isinstance(event, TrialSettled) and event.record.role == "search":

@@ -66,7 +66,7 @@ def run(config: StudyConfig) -> Run:
     begin = end = time.perf_counter()
     size = 1
     with tempfile.TemporaryDirectory() as folder:
-        for event in study_events(config, Path(folder) / "out"):
+        for event in study_events(config, Path(folder) / "out", report=False):
             if isinstance(event, TrialSettled) and event.record.role == "search":
                 records.append(event.record)
                 end = time.perf_counter()

@@ -80,7 +80,7 @@ def run_arm(
     out = runs / (f"{name}-{arm}" if arm else name)
     stop = StopFlag()
     with signals_set(stop):
-        watch(study_events(config, out, stop=stop), config, console)
+        watch(study_events(config, out, stop=stop, report=False), config, console)
     return out
 
 

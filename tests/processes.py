@@ -99,6 +99,9 @@ def _become_a_process(log: Path, errors: Path) -> None:
     )
     threading.excepthook = threading.__excepthook__
     sys.unraisablehook = sys.__unraisablehook__
+    warnings.resetwarnings()  # the test run's, or what a thread had set at the moment of the fork
+    for silent in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", silent)
     warnings.showwarning = lambda *warning: print(
         warnings.formatwarning(*warning[:4]), file=sys.stderr
     )

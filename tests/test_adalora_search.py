@@ -234,7 +234,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["adalora"] = {"recovery": "none"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(books, "KEPT_ADAPTERS", 100)  # also of what is not among the best
-        run_study(values, out=folder / "out")
+        run_study(values, out=folder / "out", report=False)
     return folder
 
 

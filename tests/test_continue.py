@@ -25,7 +25,7 @@ from rsauto.study_file import validate
 
 def run(folder: Path, trials: int, **options: Any) -> None:
     """One rank and no pruning: quick."""
-    rsauto.run_study(values_of(folder, trials), out=folder / "out", **options)
+    rsauto.run_study(values_of(folder, trials), out=folder / "out", **options, report=False)
 
 
 def values_of(folder: Path, trials: int, **search: Any) -> dict[str, Any]:
@@ -53,11 +53,13 @@ def test_a_lost_journal_is_told_before_records_are_overwritten(tmp_path: Path) -
 def test_another_study_of_that_name_in_the_storage_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/studies.db"
     values = values_of(tmp_path, 2)
-    rsauto.run_study(values, out=tmp_path / "one", storage=url)
+    rsauto.run_study(values, out=tmp_path / "one", storage=url, report=False)
     other = {**values, "training": {**values["training"], "optimizer": "sgd"}}
     with pytest.raises(InputError, match=r"training\.optimizer: was 'adamw', is 'sgd'"):
-        rsauto.run_study(other, out=tmp_path / "two", storage=url)
-    study = rsauto.run_study(values_of(tmp_path, 3), out=tmp_path / "one", storage=url)
+        rsauto.run_study(other, out=tmp_path / "two", storage=url, report=False)
+    study = rsauto.run_study(
+        values_of(tmp_path, 3), out=tmp_path / "one", storage=url, report=False
+    )
     assert len(study.records) == 3
 
 
@@ -70,7 +72,7 @@ def test_other_weights_of_the_same_size_are_noticed(tmp_path: Path) -> None:
     config["data"] = {"name": str(tmp_path / "data"), "max_length": 32}
     (tmp_path / "out" / "environment.json").unlink()
     with pytest.raises(InputError, match="model changed since"):
-        rsauto.run_study(config, out=tmp_path / "out")
+        rsauto.run_study(config, out=tmp_path / "out", report=False)
 
 
 def test_the_same_model_in_another_place_is_the_same(
@@ -78,7 +80,7 @@ def test_the_same_model_in_another_place_is_the_same(
 ) -> None:
     """Also where the study wrote its fingerprint as earlier versions did. Its plans hold, too."""
     values = values_of(tmp_path, 1)
-    study = rsauto.run_study(values, out=tmp_path / "out")
+    study = rsauto.run_study(values, out=tmp_path / "out", report=False)
     moved = (tmp_path / "model").rename(tmp_path / "moved")
     monkeypatch.setattr(trace, "trace_step", lambda *_, **__: pytest.fail("traced again"))
     values["model"]["name"] = str(moved)
@@ -89,12 +91,12 @@ def test_the_same_model_in_another_place_is_the_same(
         if before is not None:
             store_fingerprints(tmp_path / "out", validate(values), before)
         values["search"]["trials"] = trials
-        found = rsauto.run_study(values, out=tmp_path / "out")
+        found = rsauto.run_study(values, out=tmp_path / "out", report=False)
         assert len(found.records) == trials
         assert found.environment["fingerprints"] == study.environment["fingerprints"]
     store_fingerprints(tmp_path / "out", validate(values), {**former, "model": "another"})
     with pytest.raises(InputError, match="model changed since"):
-        rsauto.run_study(values, out=tmp_path / "out")
+        rsauto.run_study(values, out=tmp_path / "out", report=False)
     with pytest.raises(InputError, match=r"model\.name: was .*moved', is 'embedded'"):
         rsauto.run_study({**values, "model": {"name": "embedded"}}, out=tmp_path / "out")
 
@@ -143,7 +145,7 @@ def test_failures_that_were_mended_do_not_end_the_next_run(
 def test_every_choice_of_layers_is_checked_before_the_start(tmp_path: Path) -> None:
     values = values_of(tmp_path, 2, target_modules=[["q_proj"], ["q_prj"]])
     with pytest.raises(InputError, match=r"search.target_modules: .*'q_prj'.* 'q_proj'"):
-        rsauto.run_study(values, out=tmp_path / "out")
+        rsauto.run_study(values, out=tmp_path / "out", report=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -133,7 +133,9 @@ def test_a_launched_study_has_the_records_of_one_process(tmp_path: Path) -> None
     search = {"trials": 6, "learning_rate": {"low": 1e-3, "high": 1e-2}, "rank": [4, 8, 256]}
     path = write_study(tmp_path, **search)
     out = tmp_path / "two"
-    done = launched("--multi_gpu", "-m", "rsauto", "study", path, "--out", out, "--json")
+    done = launched(
+        "--multi_gpu", "-m", "rsauto", "study", path, "--out", out, "--json", "--no-report"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["trials"] == 6
     assert done.stderr.count("loading the model ...") == 1, "only the first process speaks"
@@ -141,7 +143,7 @@ def test_a_launched_study_has_the_records_of_one_process(tmp_path: Path) -> None
     assert "each is spread over 2 processes" in done.stderr
 
     run_study({**study_values(tmp_path / "one", **search), "packing": {"mode": "off"}},
-              out=tmp_path / "alone")  # fmt: skip
+              out=tmp_path / "alone", report=False)  # fmt: skip
     ours, theirs = records(tmp_path / "alone"), records(out)
     assert len(ours) == len(theirs)
     names = ("outcome", "rank", "learning_rate", "tokens", "steps", "seed", "role")
@@ -161,7 +163,7 @@ def begin_long_study(tmp_path: Path) -> tuple[list[subprocess.Popen[str]], Path]
     """Two processes in the middle of a study that is much too long."""
     path, out = write_study(tmp_path, rank=[4], seeds=1), tmp_path / "long"
     long = ["--set", "training.steps=100000", "--set", "training.num_evals=100000"]
-    processes = start(["-m", "rsauto", "study", str(path), "--out", str(out), *long])
+    processes = start(["-m", "rsauto", "study", str(path), "--out", str(out), "--no-report", *long])
     until = time.monotonic() + SECONDS
     journal = out / "journal.log"
     while not journal.exists() or '"spec"' not in journal.read_text():

@@ -70,7 +70,7 @@ def run_study(values: dict[str, Any], out: Path) -> Path:
     """Runs a study in this process; it keeps the adapters of all its trials."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(books, "KEPT_ADAPTERS", 99)
-        rsauto.run_study(values, out=out)
+        rsauto.run_study(values, out=out, report=False)
     return out
 
 

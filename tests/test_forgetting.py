@@ -74,7 +74,7 @@ def test_nothing_is_measured_unless_asked(llama: LlamaForCausalLM) -> None:
 def test_a_study_measures_it_and_can_search_for_the_least(tmp_path: Path) -> None:
     values = study_values(tmp_path, trials=3, rank=[2, 4], objective="forgetting", seeds=1)
     values["data"]["forgetting"] = "english"
-    study = run_study(values, out=tmp_path / "out")
+    study = run_study(values, out=tmp_path / "out", report=False)
     complete = [r for r in study.records if r.outcome == "complete"]
     assert complete and all(math.isfinite(r.metrics["forgetting"]) for r in complete)
     baseline = study.environment["baseline"]["metrics"]["general_loss"]
@@ -104,8 +104,8 @@ def test_another_text_is_another_study(tmp_path: Path) -> None:
     text.write_text("The ferry was late, and nobody minded. " * 20, encoding="utf-8")
     values = study_values(tmp_path, trials=1, rank=[2], seeds=1)
     values["data"]["forgetting"] = str(text)
-    run_study(values, out=tmp_path / "out")
+    run_study(values, out=tmp_path / "out", report=False)
     text.write_text("Flour, water, salt and yeast make a loaf. " * 20, encoding="utf-8")
     values["search"]["trials"] = 2
     with pytest.raises(InputError, match=r"the text of data\.forgetting changed"):
-        run_study(values, out=tmp_path / "out")
+        run_study(values, out=tmp_path / "out", report=False)

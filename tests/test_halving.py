@@ -223,7 +223,7 @@ def run(config: StudyConfig, out: Path, **options: Any) -> list[Event]:
     """A study whose rungs say something from the first on: a random model learns slowly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruning, "PROGRESS", 0.0)
-        return list(study_events(config, out, **options))
+        return list(study_events(config, out, report=False, **options))
 
 
 def cohorts(events: list[Event]) -> dict[tuple[int, float], TrialRecord]:
@@ -300,7 +300,7 @@ def test_a_stop_while_trials_stand_at_a_rung_loses_nothing(
     stop, out = StopFlag(), tmp_path / "out"
     before: list[Event] = []
     with pytest.raises(StudyInterrupted):
-        for event in study_events(config_of(values, trials=2), out, stop=stop):
+        for event in study_events(config_of(values, trials=2), out, stop=stop, report=False):
             before.append(event)
             if isinstance(event, TrialStep) and event.point.step == step:
                 stop.requested = True

@@ -26,7 +26,12 @@ PAGES = {path.stem: path for path in (ROOT / "README.md", *(ROOT / "docs").glob(
 MODEL, DATABASE = "Qwen/Qwen2.5-0.5B", "postgresql://me@db/studies"
 SHORT = ["training.steps=4", "training.num_evals=2", "search.seeds=1", "memory_budget=16MiB"]
 SHORTER = {
-    "study": ["--trials", "3", *(word for value in SHORT for word in ("--set", value))],
+    "study": [
+        "--trials",
+        "3",
+        "--no-report",
+        *(word for value in SHORT for word in ("--set", value)),
+    ],
     "train": ["--epochs", "0.2"],
 }
 """What is added to a command; the last of two equal options counts."""

@@ -455,7 +455,7 @@ def test_a_budget_may_hold_lora_of_a_rank_and_not_adalora(tmp_path: Path) -> Non
     assert needs[0] < needs[1]
     config = validate(values | {"memory_budget": needs[1] - 1})
     found: dict[str, TrialRecord] = {}
-    for event in study_events(config, tmp_path / "out"):
+    for event in study_events(config, tmp_path / "out", report=False):
         if isinstance(event, TrialSettled) and event.record.role == "search":
             found[event.record.method] = event.record
         if len(found) == 2:

@@ -64,7 +64,7 @@ def packs_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(config: StudyConfig, out: Path, **options: Any) -> list[Event]:
-    return list(study_events(config, out, **options))
+    return list(study_events(config, out, report=False, **options))
 
 
 def settled(events: list[Event]) -> list[TrialRecord]:
@@ -156,7 +156,7 @@ def test_a_study_stopped_within_a_pack_loses_nothing_and_goes_on(
     config = config_of(values, packing={"trials": 4})
     stop, out = StopFlag(), tmp_path / "out"
     with pytest.raises(StudyInterrupted):
-        for event in study_events(config, out, stop=stop):
+        for event in study_events(config, out, stop=stop, report=False):
             is_late = isinstance(event, TrialStep) and event.spec.role == "search"
             if is_late and event.point.step == 4:
                 stop.requested = True
@@ -242,7 +242,7 @@ def test_where_packs_do_not_apply_the_log_says_why(
     config = config_of({**values, **{k: v for k, v in changes.items() if not isinstance(v, dict)}},
                        **{k: v for k, v in changes.items() if isinstance(v, dict)})  # fmt: skip
     events: list[Event] = []
-    for event in study_events(config, tmp_path / "out"):
+    for event in study_events(config, tmp_path / "out", report=False):
         events.append(event)
         if isinstance(event, PackingDecided):
             break

@@ -128,7 +128,7 @@ def run(folder: Path, **training: Any) -> tuple[TrialRecord, ...]:
     values["memory_budget"] = "64MiB"
     values["training"].update(training)
     values["packing"] = {"lookahead": 8}
-    for _ in study_events(validate(values), folder / "out"):
+    for _ in study_events(validate(values), folder / "out", report=False):
         pass
     return tuple(load_study(folder / "out").records)
 

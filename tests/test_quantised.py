@@ -347,7 +347,7 @@ def test_a_study_runs_on_a_quantised_base(tmp_path: Path) -> None:
         "nf4": {"quant_bits": 4, "adapter_dtype": "bfloat16"},
     }.items():
         config = {**values, "memory_budget": "1GiB", "model": {**values["model"], **changes}}
-        run_study(config, out=tmp_path / name)
+        run_study(config, out=tmp_path / name, report=False)
         record = records(tmp_path / name)[0]
         assert record["quant_bits"] == changes.get("quant_bits")
         losses[name] = record["eval_loss"]

@@ -211,6 +211,16 @@ def test_changed_data_are_refused(finished: dict[str, Any], tmp_path: Path) -> N
         rsauto.run_study(values, out=tmp_path / "out")
 
 
+def test_a_report_may_be_left_for_later(tmp_path: Path) -> None:
+    path, out = write_study(tmp_path, trials=1), tmp_path / "out"
+    done = CliRunner().invoke(app, ["study", str(path), "--out", str(out), "--no-report"])
+    assert done.exit_code == 0, done.output
+    assert f"rsauto report {out}" in done.output.replace("\n", "")
+    assert (out / "best").is_dir() and not list(out.glob("report.*")), "the adapter is there"
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
+    assert (out / "report.html").exists() and (out / "tradeoff.csv").exists()
+
+
 def test_report_is_made_from_records_alone(finished: dict[str, Any], tmp_path: Path) -> None:
     out = copy_of(finished, tmp_path / "out")
     for name in ("report.html", "report.md", "tradeoff.csv", "tradeoff.parquet", "journal.log"):

@@ -56,7 +56,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     values["training"] |= {"steps": 8, "num_evals": 2}
     values["packing"] = {"mode": "off"}
-    rsauto.run_study(values, out=folder / "out")
+    rsauto.run_study(values, out=folder / "out", report=False)
     return folder / "out"
 
 

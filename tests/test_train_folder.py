@@ -31,7 +31,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, strategy="grid", trials=1, seeds=1, rank=[4], alpha=[8], learning_rate=[0.02]
     )
     values["packing"] = {"mode": "off"}
-    rsauto.run_study(values, out=folder / "out")
+    rsauto.run_study(values, out=folder / "out", report=False)
     return folder / "out"
 
 

@@ -111,7 +111,9 @@ def lose_workers(
     """Runs a study with workers of whom some die in the middle of a trial; checks its books."""
     trials_of(url)  # Optuna's tables; two that make them at the same moment hinder each other
     # Slow enough to leave trials for those who come later.
-    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.5)
+    host = command_line(
+        "study", study, "--out", out, "--storage", url, "--no-report", step_seconds=0.5
+    )
     workers = []
     try:
         wait_for(lambda: len(trials_of(url)) > 0, host)

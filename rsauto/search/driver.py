@@ -19,6 +19,7 @@ from rsauto.environment import describe_environment
 from rsauto.errors import StudyInterrupted
 from rsauto.launch import Crew, NoCrew
 from rsauto.records import TrialRecord
+from rsauto.report.page import write_report
 from rsauto.search.agenda import num_settled
 from rsauto.search.bench import load_bench, with_baseline, with_memory_of
 from rsauto.search.books import Books
@@ -50,8 +51,11 @@ def study_events(
     objects: Objects | None = None,
     stop: StopFlag | None = None,
     crew: Crew | None = None,
+    report: bool = True,
 ) -> Iterator[Event]:
     """Runs or continues the study of ``config`` in the folder ``out``, with the help of ``crew``.
+
+    Without ``report`` its page and table are left to `rsauto.report.page.write_report`.
 
     Raises InputError or BudgetError (nothing was started), StudyInterrupted (the same call
     continues) or AllTrialsFailedError.
@@ -59,7 +63,7 @@ def study_events(
     spread = join()
     with leading(spread):
         yield from _led_events(
-            config, out, storage, objects, stop or StopFlag(), crew or NoCrew(), spread
+            config, out, storage, objects, stop or StopFlag(), crew or NoCrew(), spread, report
         )
 
 
@@ -71,6 +75,7 @@ def _led_events(
     stop: StopFlag,
     crew: Crew,
     spread: Spread,
+    report: bool,
 ) -> Iterator[Event]:
     begin = time.monotonic()
     folder = StudyFolder(out)
@@ -86,6 +91,10 @@ def _led_events(
         run = StudyRun(config, setup, folder, storage, stop, crew, begin)
         try:
             yield from run.events()
+            if report:
+                yield Stage("writing the report")
+                write_report(folder.path)
+            yield StudyEnded(folder.path, time.monotonic() - begin, run.environment["ended"])
         finally:
             run.close()
 
@@ -166,7 +175,7 @@ class StudyRun:
         self.crew.stop()
         self.environment["ended"] = reason
         self.folder.write_environment(self.environment)
-        yield Stage("writing the report")
+        yield Stage("publishing adapters")
         publish(
             self.folder,
             self.config,
@@ -174,7 +183,6 @@ class StudyRun:
             self.environment,
             lambda record: self._train_again(bench, record),
         )
-        yield StudyEnded(self.folder.path, time.monotonic() - self.begin, reason)
 
     def _crew_notices(self) -> Iterator[Event]:
         for text in self.crew.notices():

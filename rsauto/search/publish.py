@@ -1,4 +1,4 @@
-"""The end of a study: the verdict, its adapters, the report."""
+"""The end of a study: the verdict, and its adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from rsauto.config import StudyConfig
 from rsauto.exports.adapter_config import load_plain_lora
 from rsauto.records import TrialRecord
-from rsauto.report.page import write_report
 from rsauto.report.verdict import judge
 from rsauto.search.folder import StudyFolder
 
@@ -23,7 +22,7 @@ def publish(
     environment: dict[str, Any],
     train_again: Callable[[TrialRecord], None],
 ) -> None:
-    """Writes best/ and recommended/, and the report.
+    """Writes best/ and recommended/.
 
     An adapter that is no longer there, or not as it was written, is made again.
     """
@@ -35,7 +34,6 @@ def publish(
         if not _is_whole(folder.adapter(chosen.number)):
             train_again(chosen)
         folder.publish_adapter(chosen.number, name)
-    write_report(folder.path)
 
 
 def _is_whole(adapter: Path) -> bool:

@@ -35,7 +35,7 @@ VARYING = {"train_seconds", "tokens_per_second", "worker", "started_at"}
 OF_RETRIES = {"number", "retry_of"}
 """Fields that tell that a trial was broken off before."""
 
-REPORT = "writing the report"
+PUBLISHING = "publishing adapters"
 _OF_REPORTS = (".best.", ".recommended.", ".report.", ".tradeoff.")
 
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -88,7 +88,7 @@ def undisturbed_in(folder: Path) -> Undisturbed:
     out = folder / "undisturbed"
     assert run_to(config, out) == 0
     begin = time.process_time()
-    assert run_to(config, folder / "timed", REPORT) == 0
+    assert run_to(config, folder / "timed", PUBLISHING) == 0
     return Undisturbed(config, out, time.process_time() - begin)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import REPORT, Undisturbed, require_equal, run_to, tiny
+from forked import PUBLISHING, Undisturbed, require_equal, run_to, tiny
 from processes import in_child
 from tiny_study import environment, records
 
@@ -55,7 +55,7 @@ def test_packs_of_equal_size_give_the_same_records(
     monkeypatch.setattr(pack_size, "_seconds_packed", lambda *_: 1.0)
     grid = {"rank": [2, 4], "alpha": [8], "learning_rate": [1e-3, 1e-2]}
     config = tiny(tmp_path / "study", packed=3, trials=6, strategy="grid", pruner="none", **grid)
-    one, other = (repeated(config, tmp_path / name, REPORT) for name in ("one", "other"))
+    one, other = (repeated(config, tmp_path / name, PUBLISHING) for name in ("one", "other"))
     assert max(record["pack_size"] or 1 for record in records(one)) == 3
     require_equal(one, other, set())
     assert weights_in(one) == weights_in(other)
@@ -66,7 +66,7 @@ def test_another_seed_gives_other_records(undisturbed: Undisturbed, tmp_path: Pa
     config = undisturbed.config
     training = config.training.model_copy(update={"seed": config.training.seed + 1})
     other = config.model_copy(update={"training": training})
-    out = repeated(other, tmp_path / "out", REPORT)
+    out = repeated(other, tmp_path / "out", PUBLISHING)
     with pytest.raises(AssertionError, match="eval_loss"):
         require_equal(out, undisturbed.out, {"seed"})
 

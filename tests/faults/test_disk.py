@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from forked import (
-    REPORT,
+    PUBLISHING,
     Moments,
     Undisturbed,
     copied,
@@ -136,7 +136,7 @@ def test_a_disk_that_gets_full_costs_nothing_that_was_settled(
         assert code in (2, 4) and CONTINUES in said and str(out) in said, said
         assert "Traceback" not in said
         remount(tmp_path / "disk", "size=64m")
-        require_continued(undisturbed.config, out, REPORT)
+        require_continued(undisturbed.config, out, PUBLISHING)
         require_equal(out, undisturbed.out)
         require_sound(out)
 
@@ -237,7 +237,7 @@ def test_damaged_records_are_named_and_written_anew(
         spoil()
         with pytest.raises(InputError, match=r"trials\.jsonl"):
             load_study(out)
-    require_continued(undisturbed.config, out, REPORT)
+    require_continued(undisturbed.config, out, PUBLISHING)
     assert path.read_bytes() == whole
 
 
@@ -246,7 +246,7 @@ def test_two_that_begin_at_the_same_moment_do_not_mix(
 ) -> None:
     out = tmp_path / "out"
     logs = [tmp_path / "one.log", tmp_path / "other.log"]
-    pids = [forked(lambda: run_to(undisturbed.config, out, REPORT), log) for log in logs]
+    pids = [forked(lambda: run_to(undisturbed.config, out, PUBLISHING), log) for log in logs]
     codes = [ended(pid) for pid in pids]
     said = [log.read_text(encoding="utf-8") for log in logs]
     assert sorted(codes) == [0, 2], said

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import pytest
 from forked import (
-    REPORT,
+    PUBLISHING,
     Undisturbed,
     copied,
     images,
@@ -108,7 +108,9 @@ def continue_all(watched: Watched, count: int, work: Path, whole: int) -> Iterat
     for k, (name, image) in (one for start in range(16) for one in chosen[start::16]):
         out = copied(image, work / f"{k:04d}")
         try:
-            require_goes_on(watched.undisturbed, out, None if k % whole == whole - 1 else REPORT)
+            require_goes_on(
+                watched.undisturbed, out, None if k % whole == whole - 1 else PUBLISHING
+            )
             yield ""
         except AssertionError as problem:
             yield f"killed at {name}: {problem}"
@@ -134,7 +136,7 @@ def kill_at_random(undisturbed: Undisturbed, count: int, work: Path, seed: int) 
             died[len(settled_in(out))] += 1
             killed += 1
         try:
-            require_goes_on(undisturbed, out, REPORT)
+            require_goes_on(undisturbed, out, PUBLISHING)
         except AssertionError as problem:
             yield f"seed {seed}, study {study}, after {sum(died.values())} kills: {problem}"
         study += 1
@@ -157,7 +159,7 @@ def test_a_rank_that_was_just_being_refused_is_recorded_once(
         and b'"spec"' in (image / "journal.log").read_bytes()
         and not settled_in(image)
     ]
-    require_goes_on(watched.undisturbed, copied(begun[1], tmp_path / "out"), REPORT)
+    require_goes_on(watched.undisturbed, copied(begun[1], tmp_path / "out"), PUBLISHING)
 
 
 def test_killed_at_any_moment_it_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:

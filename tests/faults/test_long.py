@@ -58,7 +58,7 @@ def long_study(folder: Path, num_trials: int, storage: str) -> list[Window]:
     kept = file if storage == "sqlite" else out / "journal.log"
     windows: list[Window] = []
     begin, each = time.monotonic(), num_trials // WINDOWS
-    for event in study_events(study_file.validate(values), out, storage=url):
+    for event in study_events(study_file.validate(values), out, storage=url, report=False):
         if isinstance(event, TrialSettled) and event.num_settled % each == 0:
             now = time.monotonic()
             gc.collect()

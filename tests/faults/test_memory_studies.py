@@ -142,7 +142,7 @@ def test_no_room_before_the_first_trial_is_told_in_words(
     values = values_of(tmp_path, rank=[2], trials=3)
     monkeypatch.setattr(bench, part, full)
     with pytest.raises(BudgetError) as caught:
-        rsauto.run_study(values, out=tmp_path / "out")
+        rsauto.run_study(values, out=tmp_path / "out", report=False)
     said = str(caught.value)
     assert said.startswith(f"memory_budget: out of memory while trying to {told}, so no trial")
     assert "Tried to allocate 2 GiB. Stop what else uses the device" in said
@@ -165,7 +165,7 @@ def test_a_trial_that_cannot_be_saved_ends_alone(
         return real(*arguments, **options)
 
     monkeypatch.setattr(trial, "export_lora", save)
-    rsauto.run_study(values_of(tmp_path, rank=[2], trials=4), out=tmp_path / "out")
+    rsauto.run_study(values_of(tmp_path, rank=[2], trials=4), out=tmp_path / "out", report=False)
     found = [(record["outcome"], record["error"]) for record in records(tmp_path / "out")]
     assert found[:2] == [
         ("oom", "the host's memory is full"),
@@ -186,7 +186,7 @@ def failing_pack_saves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("unmetered", "failing_pack_saves")
 def test_a_packed_trial_that_cannot_be_saved_is_run_alone(tmp_path: Path) -> None:
     values = values_of(tmp_path, "auto", rank=[2], trials=4)
-    rsauto.run_study(values, out=tmp_path / "out")
+    rsauto.run_study(values, out=tmp_path / "out", report=False)
     found = records(tmp_path / "out")
     assert {record["outcome"] for record in found} == {"complete"}
     assert {record["engine"] for record in found} == {"peft"}

@@ -60,7 +60,9 @@ def end(host: Child, *others: Child) -> str:
 def test_a_database_that_is_restarted_in_mid_study(server: postgres.Server, tmp_path: Path) -> None:
     url = database(server.url, "restarted")
     study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
-    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.4)
+    host = command_line(
+        "study", study, "--out", out, "--storage", url, "--no-report", step_seconds=0.4
+    )
     worker = None
     try:
         wait_for(lambda: len(trials_of(url)) > 0, host)
@@ -80,7 +82,9 @@ def test_a_database_that_is_restarted_in_mid_study(server: postgres.Server, tmp_
 def test_connections_that_are_cut_all_the_time(server: postgres.Server, tmp_path: Path) -> None:
     url = database(server.url, "cut")
     study, out = write_study(tmp_path, trials=FEW), tmp_path / "out"
-    host = command_line("study", study, "--out", out, "--storage", url, step_seconds=0.05)
+    host = command_line(
+        "study", study, "--out", out, "--storage", url, "--no-report", step_seconds=0.05
+    )
     num_cut = 0
     with psycopg.connect(server.url, autocommit=True) as connection:
         while host.poll() is None:
@@ -114,7 +118,7 @@ def test_a_database_that_stays_away_ends_the_study_and_its_return_continues_it(
     assert host.returncode == 4, output
     assert "does not answer any more" in output and "run the same command again" in output
     safe = {trial.number for trial in trials_of(url) if "record" in trial.user_attrs}
-    output = end(command_line("study", study, "--out", out, "--storage", url))
+    output = end(command_line("study", study, "--out", out, "--storage", url, "--no-report"))
     check_books(trials_of(url), records(out), FEW)
     assert safe <= {line["number"] for line in records(out)}
 
@@ -126,7 +130,7 @@ def test_no_command_line_has_the_password_of_a_storage(
     url = database(server.url, "secret").replace("rsauto@", "rsauto:s3cr3t@")
     study, out = write_study(tmp_path, trials=FEW), tmp_path / "out"
     host = command_line(
-        "study", study, "--out", out, "--workers", "2",
+        "study", study, "--out", out, "--workers", "2", "--no-report",
         # Slow enough to leave trials for the one that is only starting.
         step_seconds=1.5, before=f"import os\nos.environ['RSAUTO_STORAGE'] = {url!r}",
     )  # fmt: skip
@@ -175,7 +179,7 @@ def test_a_clock_that_jumps_and_a_disk_that_is_slow_change_no_result(
     found = []
     for name, before in (("plain", ""), ("hit", fault)):
         host = command_line(
-            "study", study, "--out", tmp_path / name, "--set", "packing.mode=off",
+            "study", study, "--out", tmp_path / name, "--no-report", "--set", "packing.mode=off",
             step_seconds=0.0, before=before,
         )  # fmt: skip
         output = end(host)
@@ -196,7 +200,7 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
         study, out = write_study(Path(folder), **endless), Path(folder) / "out"
         options = ("--storage", server.url)
         trials_of(server.url)  # makes Optuna's tables
-        host = command_line("study", study, "--out", out, *options, step_seconds=0.2)
+        host = command_line("study", study, "--out", out, *options, "--no-report", step_seconds=0.2)
         wait_for(lambda: len(trials_of(server.url)) > 0, host)
         workers: list[Child] = []
         num_killed = 0
@@ -216,7 +220,11 @@ def reaped(minutes: float, num_workers: int = 4, chance_a_minute: float = 0.3) -
         output = end(host, *workers)
         # Enough for what was broken off, and for some more.
         num_trials = settled(server.url) + 4 * num_workers
-        end(command_line("study", study, "--out", out, *options, "--trials", str(num_trials)))
+        end(
+            command_line(
+                "study", study, "--out", out, *options, "--no-report", "--trials", str(num_trials)
+            )
+        )
         lines = records(out)
         check_books(trials_of(server.url), lines, num_trials)
     return (
