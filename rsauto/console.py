@@ -19,6 +19,7 @@ from rsauto.data import lines as preflight_lines
 from rsauto.in_flight import InFlight
 from rsauto.records import TrialRecord
 from rsauto.report.cells import marks_text
+from rsauto.report.kinds import refit_text
 from rsauto.report.notes import ROLE_NAMES, notes
 from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, is_refit
@@ -291,7 +292,7 @@ class RankColumn(NamedTuple):
 
 
 RANK_COLUMNS = (
-    RankColumn("method", lambda row: method_text(row["method"], is_refit=row["refit"]), "left"),
+    RankColumn("method", lambda row: refit_text(row["kind"], row["refit"]), "left"),
     RankColumn("rank", lambda row: str(row["rank"])),
     RankColumn("largest", lambda row: str(row["r_max"] or "-"), always=False),
     RankColumn("{objective}", _objective_text),

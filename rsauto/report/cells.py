@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from rsauto.report.kinds import kind_of, refit_text
 from rsauto.report.standing import Gain
 from rsauto.report.table import ALLOCATION_COLUMNS, COLUMNS, PEFT_NAMES, is_refit
 from rsauto.report.verdict import Verdict
@@ -18,7 +19,6 @@ from rsauto.units import (
     count_text,
     difference_text,
     mean_text,
-    method_text,
     objective_text,
     percent_text,
     rate_text,
@@ -78,8 +78,7 @@ def rank_grid(ranks: pd.DataFrame, verdict: Verdict) -> Grid:
         ("num_pruned", "pruned", str),
     )
     names = [
-        method_text(method, is_refit=refit)
-        for method, refit in zip(ranks["method"], ranks["refit"], strict=True)
+        refit_text(kind, refit) for kind, refit in zip(ranks["kind"], ranks["refit"], strict=True)
     ]
     if not (ranks["r_max"] > ranks["rank"]).any():
         wording = tuple(entry for entry in wording if entry[0] != "r_max")
@@ -165,7 +164,7 @@ def tiles(verdict: Verdict) -> list[tuple[str, str, str]]:
     if chosen is not None:
         record = chosen.record
         settings = [
-            method_text(record.method, is_refit=is_refit(record)),
+            refit_text(kind_of(record), is_refit(record)),
             f"alpha {record.alpha}",
             f"learning rate {rate_text(record.learning_rate)}",
         ]

@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rsauto.records import Method, TrialRecord
-from rsauto.report.panel import METHOD_DASHES, Layer, Panel, rank_looks
+from rsauto.records import TrialRecord
+from rsauto.report.kinds import kind_looks, kind_of, refit_text
+from rsauto.report.panel import Layer, Panel, rank_looks
 from rsauto.report.table import is_refit
 from rsauto.report.verdict import Verdict
-from rsauto.units import method_text, rate_text, value_text
+from rsauto.units import rate_text, value_text
 
-_Kind = tuple[int, Method, bool]
-"""Rank, method, and whether it is a refit."""
+_Kind = tuple[int, str, str, bool]
+"""Rank, method, kind, and whether it is a refit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,12 +72,12 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
     kinds: dict[_Kind, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda r: (r.rank, r.method, r.number)):
         if _curve(record, quantity):
-            kind = (record.rank, record.method, is_refit(record))
+            kind: _Kind = (record.rank, record.method, kind_of(record), is_refit(record))
             kinds.setdefault(kind, []).append(record)
     if not kinds:
         return None
     best = {kind: _best(group, verdict) for kind, group in kinds.items()}
-    looks = rank_looks(rank for rank, _, _ in kinds)
+    looks = rank_looks(rank for rank, *_ in kinds)
     faint = []
     for kind, group in kinds.items():
         alike: dict[tuple[bool, bool], list[TrialRecord]] = {}
@@ -90,9 +91,10 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
             if is_point:  # a line of one point is not drawn
                 line = replace(line, dash=None, symbol=symbol, size=5.0)
             faint.append(replace(line, opacity=0.4 if len(records) <= 100 else 0.15))
+    dashes = {name: dash for name, (*_, dash) in kind_looks(kind[1:3] for kind in kinds).items()}
     strong = [_strong(kind, record, quantity) for kind, record in best.items()]
     shown = [
-        replace(layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1])
+        replace(layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1], dash=dashes[kind[2]])
         for kind, layer in zip(kinds, strong, strict=True)
     ]
     return Panel(
@@ -133,8 +135,8 @@ def _best(group: Iterable[TrialRecord], verdict: Verdict) -> TrialRecord:
 
 
 def _name(kind: _Kind) -> str:
-    rank, method, refit = kind
-    return f"{method_text(method, is_refit=refit)} {rank}"
+    rank, _, name, refit = kind
+    return f"{refit_text(name, refit)} {rank}"
 
 
 def _strong(kind: _Kind, record: TrialRecord, quantity: _Quantity) -> Layer:
@@ -147,7 +149,6 @@ def _strong(kind: _Kind, record: TrialRecord, quantity: _Quantity) -> Layer:
         y=tuple(value for _, value in points),
         colour="",
         size=7.0,
-        dash=METHOD_DASHES.get(record.method, "solid"),
         hover=tuple(
             f"{setting}\n{rate}\nstep {step:.0f}: {quantity.label} {value_text(value)}"
             for step, value in points

@@ -11,11 +11,9 @@ from rsauto.records import TrialRecord
 from rsauto.report.curves import curve_panels
 from rsauto.report.fronts import fronts
 from rsauto.report.importance import importance_panel
+from rsauto.report.kinds import kind_looks, kinds, refit_text
 from rsauto.report.noise import full_runs
 from rsauto.report.panel import (
-    GREY,
-    METHOD_COLOURS,
-    METHOD_DASHES,
     HeatMap,
     Layer,
     Panel,
@@ -30,7 +28,7 @@ from rsauto.report.table import table
 from rsauto.report.trial_layers import AT_THE_EDGE, Axes, Scale, with_hover
 from rsauto.report.verdict import Verdict
 from rsauto.report.wording import noise_remark
-from rsauto.units import method_text, objective_text, value_text
+from rsauto.units import objective_text, value_text
 
 
 def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel | HeatMap, ...]:
@@ -38,7 +36,7 @@ def panels(records: Sequence[TrialRecord], verdict: Verdict) -> tuple[Panel | He
     trials = table(records)
     if verdict.objective not in trials.columns or trials[verdict.objective].notna().sum() == 0:
         return ()
-    trials = with_hover(trials, verdict.objective)
+    trials = with_hover(trials.assign(kind=kinds(trials)), verdict.objective)
     found = (
         *fronts(trials, verdict),
         _by_rank(trials, verdict),
@@ -58,15 +56,16 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
     axes = Axes(verdict, scale, "rank")
     done = full_runs(trials, verdict.objective)
     lines = []
-    for (method, refit), group in done.groupby(["method", "refit"]):
+    looks = kind_looks(zip(trials["method"], trials["kind"], strict=True))
+    for (_, kind, refit), group in done.groupby(["method", "kind", "refit"]):
         best = group.groupby("rank")[verdict.objective]
         line = (best.min() if verdict.minimize else best.max()).sort_index()
         lines.append(
             Layer(
-                name=f"best of {method_text(str(method), is_refit=bool(refit))}",
+                name=f"best of {refit_text(str(kind), bool(refit))}",
                 x=tuple(float(rank) for rank in line.index),
                 y=tuple(scale.place(float(v)) for v in line),
-                colour=METHOD_COLOURS.get(str(method), GREY),
+                colour=looks[str(kind)][0],
                 dash="dot" if refit else "solid",
             )
         )
@@ -98,17 +97,18 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     done = full_runs(trials, verdict.objective).sort_values("learning_rate", kind="stable")
     axes = Axes(verdict, scale, "learning_rate")
     looks = rank_looks(trials["rank"])
+    of_kinds = kind_looks(zip(trials["method"], trials["kind"], strict=True))
     layers = []
-    for (rank, method, refit), rows in done.groupby(["rank", "method", "refit"]):
+    for (rank, _, kind, refit), rows in done.groupby(["rank", "method", "kind", "refit"]):
         colour, symbol = looks[int(str(rank))]
-        name = f"{method_text(str(method), is_refit=bool(refit))} {rank}"
+        name = f"{refit_text(str(kind), bool(refit))} {rank}"
         layers.append(
             replace(
                 axes.points(name, rows),
                 colour=colour,
                 symbol=symbol,
                 # Through many points, of several alphas, a line would only zigzag.
-                dash=METHOD_DASHES.get(str(method), "solid") if len(rows) <= 8 else None,
+                dash=of_kinds[str(kind)][2] if len(rows) <= 8 else None,
                 opacity=0.95,
             )
         )

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rsauto.records import TrialRecord
+from rsauto.report.kinds import kind_of, kinds
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.pareto import fits
 from rsauto.report.table import is_refit, needed_bytes, table
@@ -15,6 +16,7 @@ from rsauto.report.verdict import Verdict
 
 RANK_COLUMNS = {
     "method": "string",
+    "kind": "string",
     "refit": "bool",
     "rank": "Int64",
     "r_max": "Int64",
@@ -38,7 +40,8 @@ RANK_COLUMNS = {
     "marks": "string",
     "is_tied": "boolean",
 }
-"""Columns of ``rank_table``. objective is the mean over seeds of the rank's best configuration,
+"""Columns of ``rank_table``. kind is the method, with the powers of rank where a study sets them
+(``rsauto.report.kinds``). objective is the mean over seeds of the rank's best configuration,
 half_width that of the mean's 95 % interval (NA for a single run), best_single the best trial; the
 settings and costs are those of that configuration, and r_max is the largest rank of any of its
 modules, which a server must allow. measured_peak_bytes and train_seconds are of trials that ran
@@ -60,7 +63,7 @@ _MEASURED = ("measured_peak_bytes", "train_seconds")
 
 
 def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame:
-    """One row for every method and rank, smallest rank first, and one for each rank's refits.
+    """One row for every kind and rank, smallest rank first, and one for each rank's refits.
 
     A rank's configuration is the best of those that ran on the most seeds at that rank. A rank of
     which nothing finished still shows what it would need; ``fits`` is NA where that is not known.
@@ -69,9 +72,12 @@ def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame
     trials = table(records)
     if verdict.objective not in trials.columns:
         trials[verdict.objective] = pd.array([None] * len(trials), dtype="Float64")
+    trials = trials.assign(kind=kinds(trials))
     rows = [
         _row(group, verdict)
-        for _, group in trials.groupby(["rank", "method", "refit"], sort=True, observed=True)
+        for _, group in trials.groupby(
+            ["rank", "method", "kind", "refit"], sort=True, observed=True
+        )
     ]
     return pd.DataFrame(rows, columns=list(RANK_COLUMNS)).astype(RANK_COLUMNS)
 
@@ -95,6 +101,7 @@ def _row(group: pd.DataFrame, verdict: Verdict) -> dict[str, Any]:
     first = group.iloc[0]
     row: dict[str, Any] = {
         "method": first["method"],
+        "kind": first["kind"],
         "refit": first["refit"],
         "rank": first["rank"],
         "num_trials": len(group),
@@ -157,7 +164,7 @@ def _fits(group: pd.DataFrame, budget: int | None) -> bool | None:
 
 
 def _marks(row: pd.Series[Any], verdict: Verdict) -> str:
-    kind = (row["rank"], row["method"], row["refit"])
+    kind = (row["rank"], row["kind"], row["refit"])
     named = {
         "recommended": verdict.recommended,
         "best": verdict.best,
@@ -167,5 +174,5 @@ def _marks(row: pd.Series[Any], verdict: Verdict) -> str:
     return ", ".join(
         name
         for name, record in named.items()
-        if record is not None and (record.rank, record.method, is_refit(record)) == kind
+        if record is not None and (record.rank, kind_of(record), is_refit(record)) == kind
     )

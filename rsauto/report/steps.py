@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from rsauto.report.kinds import kind_of, refit_text
 from rsauto.report.standing import Standing
 from rsauto.report.table import cost_bytes, is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.units import (
     bytes_text,
     difference_text,
-    method_text,
     objective_text,
     percent_text,
     rate_text,
@@ -104,7 +104,7 @@ def _measured_of_its_rank(ranks: pd.DataFrame, verdict: Verdict) -> int | None:
         return None
     alike = ranks[
         (ranks["rank"] == chosen.rank)
-        & (ranks["method"] == chosen.method)
+        & (ranks["kind"] == kind_of(chosen))
         & (ranks["refit"] == is_refit(chosen))
         & (ranks["predicted_peak_bytes"] == chosen.predicted_peak_bytes).fillna(False)
     ]
@@ -130,7 +130,7 @@ def _step(
         return None
     least_first = [name == "cost" or verdict.minimize for name in order]
     row = rows.sort_values(order, ascending=least_first, kind="stable").iloc[0]
-    name = method_text(str(row["method"]), is_refit=bool(row["refit"]))
+    name = refit_text(str(row["kind"]), bool(row["refit"]))
     rate = rate_text(float(row["learning_rate"]))
     return Step(
         direction=direction,

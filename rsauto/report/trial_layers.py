@@ -8,12 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from rsauto.report.kinds import kind_looks, refit_text
 from rsauto.report.noise import configurations, full_runs
 from rsauto.report.panel import (
     GREEN,
     GREY,
-    METHOD_COLOURS,
-    METHOD_SYMBOLS,
     ORANGE,
     VERMILLION,
     Layer,
@@ -24,7 +23,6 @@ from rsauto.units import (
     bytes_text,
     count_text,
     mean_text,
-    method_text,
     objective_text,
     rank_text,
     rate_text,
@@ -43,7 +41,7 @@ UNFINISHED: dict[str, tuple[Symbol, str]] = {
 }
 """How trials are drawn that did not finish: open symbols, told apart by shape as by colour."""
 
-_KINDS: tuple[tuple[str, Symbol | None, str], ...] = (
+_SORTS: tuple[tuple[str, Symbol | None, str], ...] = (
     ("searched", None, "{}"),
     ("default", "right", "{}, default adapter"),
     ("refit", "left", "{} refit, AdaLoRA's ranks"),
@@ -51,7 +49,7 @@ _KINDS: tuple[tuple[str, Symbol | None, str], ...] = (
 """Trials that finished: what sort, how drawn (None: as the method), and called in the legend."""
 
 
-_TOLD = ("number", "outcome", "seed", "method", "refit", "rank", "init_rank", "r_max", "alpha",
+_TOLD = ("number", "outcome", "seed", "kind", "refit", "rank", "init_rank", "r_max", "alpha",
          "learning_rate", "predicted_peak_bytes", "measured_peak_bytes", "flops", "train_seconds",
          "engine", "pack_size")  # fmt: skip
 
@@ -120,14 +118,15 @@ class Axes:
         """All trials: those that finished by method, the rest by how they ended."""
         trials = trials[trials[self.x].notna()]
         done = full_runs(trials, self.verdict.objective)
-        kind = _is_default(done).map({True: "default", False: "searched"})
-        kind = kind.mask(done["refit"], "refit")
+        which = _is_default(done).map({True: "default", False: "searched"})
+        which = which.mask(done["refit"], "refit")
+        looks = kind_looks(zip(trials["method"], trials["kind"], strict=True))
         layers = []
-        for method in sorted(done["method"].unique(), reverse=True):
-            colour, own = METHOD_COLOURS.get(method, GREY), METHOD_SYMBOLS.get(method, "circle")
-            for which, symbol, name in _KINDS:
-                rows = done[(done["method"] == method) & (kind == which)]
-                layer = self.points(name.format(method_text(method)), rows)
+        for _, kind in sorted(set(zip(done["method"], done["kind"], strict=True)), reverse=True):
+            colour, own, _ = looks[kind]
+            for sort, symbol, name in _SORTS:
+                rows = done[(done["kind"] == kind) & (which == sort)]
+                layer = self.points(name.format(kind), rows)
                 look = replace(layer, colour=colour, symbol=symbol or own, opacity=0.9)
                 # A triangle looks smaller than a disc of its width.
                 layers.append(look if symbol is None else replace(look, size=10.0))
@@ -185,7 +184,7 @@ def _plain(column: pd.Series[Any]) -> list[Any]:
 def _hover(row: dict[Any, Any], objective: str) -> str:
     lines = [
         f"trial {row['number']}, {row['outcome']}, seed {row['seed']}",
-        f"{method_text(row['method'], is_refit=row['refit'])} rank "
+        f"{refit_text(row['kind'], row['refit'])} rank "
         f"{rank_text(row['rank'], row['init_rank'])}, alpha {row['alpha']}, "
         f"learning rate {rate_text(row['learning_rate'])}",
         f"{objective_text(objective)} {value_text(row[objective])}",

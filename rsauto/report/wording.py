@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsauto.records import TrialRecord
+from rsauto.report.kinds import kind_of, refit_text
 from rsauto.report.table import is_refit
 from rsauto.units import (
     bytes_text,
@@ -118,7 +119,7 @@ def _ties(verdict: Verdict) -> tuple[str, ...]:
     """Which ranks the noise leaves equal, and what the cheapest of them saves."""
     if not verdict.ties:
         return ()
-    kinds = {(s.record.method, is_refit(s.record)) for s in verdict.ties}
+    kinds = {(kind_of(s.record), is_refit(s.record)) for s in verdict.ties}
     names = list(dict.fromkeys(_tie_name(s, is_only=len(kinds) == 1) for s in verdict.ties))
     cheap, dear = verdict.ties[0], verdict.ties[-1]
     if len(names) == 1:
@@ -138,7 +139,7 @@ def _ties(verdict: Verdict) -> tuple[str, ...]:
 def _tie_name(standing: Standing, *, is_only: bool) -> str:
     record = standing.record
     rank = f"rank {record.rank}"
-    return rank if is_only else f"{method_text(record.method, is_refit=is_refit(record))} {rank}"
+    return rank if is_only else f"{refit_text(kind_of(record), is_refit(record))} {rank}"
 
 
 def _saving(cheap: Standing, dear: Standing, names: Sequence[str]) -> str:

@@ -1,0 +1,96 @@
+"""Trials that differ in a power of rank are different kinds, in every table and figure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_report_records import study_config
+from test_report_verdict import searched
+
+from rsauto.records import TrialRecord
+from rsauto.report.cells import rank_grid
+from rsauto.report.figures import panels
+from rsauto.report.kinds import kind_looks, kind_of, kinds
+from rsauto.report.panel import Panel
+from rsauto.report.ranks import rank_table
+from rsauto.report.steps import steps
+from rsauto.report.table import table
+from rsauto.report.verdict import judge
+from rsauto.scaling import init_scale
+
+RANKS = (4, 16, 64)
+
+
+def trial(number: int, rank: int, loss: float, power: float | None, init: float) -> TrialRecord:
+    made = searched(number, rank, loss)
+    return replace(made, method="lora", scaling_exponent=power, init_scale=init_scale(rank, init))
+
+
+def ablation() -> list[TrialRecord]:
+    """r^-1/4 is best at every rank, r^-2 worst, and LoRA with a narrow A between them."""
+    sorts = [(None, 0.0, 1.2), (-0.25, 0.0, 1.0), (-2.0, 0.0, 1.6), (None, -0.5, 1.4)]
+    found = []
+    for power, init, loss in sorts:
+        for rank in RANKS:
+            found.append(trial(len(found), rank, loss - rank / 1000, power, init))
+    return found
+
+
+NAMES = ["LoRA", "LoRA alpha r^-0.25", "LoRA alpha r^-2", "LoRA, A by r^-0.5"]
+
+
+def test_their_names_are_those_of_the_powers_at_every_rank() -> None:
+    assert list(dict.fromkeys(kind_of(record) for record in ablation())) == NAMES
+    assert list(kinds(table(ablation()))) == [name for name in NAMES for _ in RANKS]
+    # One to any power is one: its power cannot be told.
+    assert kind_of(trial(0, 1, 1.0, None, -0.5)) == "LoRA, A by 1"
+    assert kind_of(trial(0, 8, 1.0, -2.0, -0.5)) == "LoRA alpha r^-2, A by r^-0.5"
+
+
+def test_every_kind_has_its_row_and_its_loss() -> None:
+    records = ablation()
+    verdict = judge(study_config(), records, {})
+    ranks = rank_table(records, verdict)
+    assert len(ranks) == len(records)
+    losses = {(record.rank, kind_of(record)): record.eval_loss for record in records}
+    for row in ranks.to_dict(orient="records"):
+        assert row["objective"] == pytest.approx(losses[row["rank"], row["kind"]])
+    marked = ranks[ranks["marks"].str.contains("best")]
+    assert list(marked["kind"]) == ["LoRA alpha r^-0.25"]
+    shown = rank_grid(ranks, verdict)
+    column = shown.headers.index("method")
+    assert [row[column] for row in shown.rows] == NAMES * len(RANKS)
+    down, _ = steps(ranks, verdict)
+    assert down.setting is not None and "LoRA alpha r^-0.25" in down.setting
+
+
+def test_every_kind_has_its_line() -> None:
+    records = ablation()
+    drawn = {
+        panel.key: panel
+        for panel in panels(records, judge(study_config(), records, {}))
+        if isinstance(panel, Panel)
+    }
+    best = [layer for layer in drawn["rank"].layers if layer.name.startswith("best of")]
+    assert [layer.name.removeprefix("best of ") for layer in best] == NAMES
+    assert all(len(layer.x) == len(RANKS) for layer in best)
+    assert len({layer.colour for layer in best}) == len(NAMES)
+    points = [layer for layer in drawn["memory"].layers if layer.name in NAMES]
+    assert sorted(layer.name for layer in points) == NAMES
+    assert len({(layer.colour, layer.symbol) for layer in points}) == len(NAMES)
+    for layer in points:
+        assert all(f"{layer.name} rank" in hover for hover in layer.hover)
+    lines = [layer for layer in drawn["curves"].layers if layer.in_legend]
+    assert [layer.name for layer in lines] == [f"{n} {rank}" for rank in RANKS for n in NAMES]
+    assert len({layer.dash for layer in lines if layer.name.endswith(" 64")}) > 2
+    assert {layer.name for layer in drawn["learning_rate"].layers} == {line.name for line in lines}
+
+
+def test_a_method_keeps_its_look_whatever_else_is_there() -> None:
+    alone = kind_looks([("lora", "LoRA"), ("rslora", "rsLoRA")])
+    among = kind_looks(
+        [("lora", "LoRA"), *(("lora", name) for name in NAMES), ("rslora", "rsLoRA")]
+    )
+    assert {name: among[name] for name in alone} == alone
+    assert len(set(among.values())) == len(among)
