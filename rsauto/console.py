@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -19,7 +20,7 @@ from rsauto.data import lines as preflight_lines
 from rsauto.in_flight import InFlight
 from rsauto.records import TrialRecord
 from rsauto.report.cells import marks_text
-from rsauto.report.kinds import refit_text
+from rsauto.report.kinds import kind_of, refit_text
 from rsauto.report.notes import ROLE_NAMES, notes
 from rsauto.report.ranks import rank_table
 from rsauto.report.table import Study, is_refit
@@ -47,7 +48,6 @@ from rsauto.units import (
     bytes_text,
     count_text,
     mean_text,
-    method_text,
     objective_text,
     rate_text,
     seconds_text,
@@ -173,7 +173,7 @@ def trial_line(record: TrialRecord, config: StudyConfig) -> str:
     """One settled trial in a line."""
     value = objective_value(record, config)
     parts = [
-        f"{record.number:>4} {_role_text(record):<13} {method_text(record.method):<9} "
+        f"{record.number:>4} {_role_text(record):<13} {kind_of(record):<9} "
         f"r={record.rank:<4}alpha={record.alpha:<3}lr={rate_text(record.learning_rate):<8}"
         f"{value_text(value) if record.outcome == 'complete' else record.outcome:<8}",
     ]
@@ -229,8 +229,13 @@ def plan_table(setup: Setup) -> Table:
     return table
 
 
-def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
-    """The table of ranks, the sentence, and where the files are."""
+def print_verdict(
+    study: Study, verdict: Verdict, console: Console, *, has_report: bool = True
+) -> None:
+    """The table of ranks, the sentence, and where the files are.
+
+    Without a report of this run, how to make it: one that is there is of an earlier run.
+    """
     console.print(ranks_as_table(study, verdict, console.width))
     for note in (noise_remark(verdict), *notes(study.records, verdict)):
         console.print(note, style="dim", markup=False, highlight=False)
@@ -238,9 +243,16 @@ def print_verdict(study: Study, verdict: Verdict, console: Console) -> None:
     for sentence in verdict.sentences:
         console.print(sentence, markup=False, highlight=False)
     console.print()
-    for name, path in study_paths(study.folder).items():
-        if path.exists():
-            console.print(f"{name:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+    shown = {name: str(path) for name, path in study_paths(study.folder).items() if path.exists()}
+    if not has_report:
+        later = f"rsauto report {quote(str(study.folder))}"
+        shown = {"report": later, **{n: p for n, p in shown.items() if n not in _PAGES}}
+    for name, place in shown.items():
+        console.print(f"{name:<12} {place}", markup=False, highlight=False, soft_wrap=True)
+
+
+_PAGES = frozenset({"report", "table"})
+"""Of what a study leaves for people, what is made of the records alone."""
 
 
 def study_paths(folder: Path) -> dict[str, Path]:

@@ -62,9 +62,7 @@ def run_study(
     assert ended is not None
     found = load_study(out)
     verdict = judge(found.config, found.records, found.environment)
-    print_verdict(found, verdict, console)
-    if not report:
-        console.print(f"for report and table: rsauto report {out}", style="dim", soft_wrap=True)
+    print_verdict(found, verdict, console, has_report=report)
     console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")
     if as_json:
         typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))

@@ -99,9 +99,7 @@ def _become_a_process(log: Path, errors: Path) -> None:
     )
     threading.excepthook = threading.__excepthook__
     sys.unraisablehook = sys.__unraisablehook__
-    warnings.resetwarnings()  # the test run's, or what a thread had set at the moment of the fork
-    for silent in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", silent)
+    _filter_as_a_process_does()
     warnings.showwarning = lambda *warning: print(
         warnings.formatwarning(*warning[:4]), file=sys.stderr
     )
@@ -116,6 +114,17 @@ def _become_a_process(log: Path, errors: Path) -> None:
     random.seed()
     np.random.seed(os.getpid())
     torch.manual_seed(os.getpid())
+
+
+def _filter_as_a_process_does() -> None:
+    """Libraries silence messages and modules of theirs, as in any process; what is of all warnings
+    is the test run's, or what a thread had set at the moment of the fork."""
+    of_libraries = [entry for entry in warnings.filters if entry[1] or entry[3]]
+    warnings.resetwarnings()
+    for silent in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", silent)
+    warnings.filters[:0] = of_libraries  # type: ignore[index]
+    warnings._filters_mutated()  # type: ignore[attr-defined]
 
 
 def ended(pid: int, timeout: float = 600) -> int:

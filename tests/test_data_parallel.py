@@ -133,11 +133,10 @@ def test_a_launched_study_has_the_records_of_one_process(tmp_path: Path) -> None
     search = {"trials": 6, "learning_rate": {"low": 1e-3, "high": 1e-2}, "rank": [4, 8, 256]}
     path = write_study(tmp_path, **search)
     out = tmp_path / "two"
-    done = launched(
-        "--multi_gpu", "-m", "rsauto", "study", path, "--out", out, "--json", "--no-report"
-    )
+    done = launched("--multi_gpu", "-m", "rsauto", "study", path, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["trials"] == 6
+    assert (out / "report.html").exists()
     assert done.stderr.count("loading the model ...") == 1, "only the first process speaks"
     assert "of each of 2 devices" in done.stderr
     assert "each is spread over 2 processes" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,9 @@ NAMES = ["LoRA", "LoRA alpha r^-0.25", "LoRA alpha r^-2", "LoRA, A by r^-0.5"]
 def test_their_names_are_those_of_the_powers_at_every_rank() -> None:
     assert list(dict.fromkeys(kind_of(record) for record in ablation())) == NAMES
     assert list(kinds(table(ablation()))) == [name for name in NAMES for _ in RANKS]
-    # One to any power is one: its power cannot be told.
-    assert kind_of(trial(0, 1, 1.0, None, -0.5)) == "LoRA, A by 1"
+    assert kind_of(trial(0, 1, 1.0, None, -0.5)) == "LoRA", "one to any power is one"
+    near = {kind_of(trial(0, 8, 1.0, None, power)) for power in (-0.333, -0.3333)}
+    assert len(near) == 2
     assert kind_of(trial(0, 8, 1.0, -2.0, -0.5)) == "LoRA alpha r^-2, A by r^-0.5"
 
 
@@ -83,8 +85,31 @@ def test_every_kind_has_its_line() -> None:
         assert all(f"{layer.name} rank" in hover for hover in layer.hover)
     lines = [layer for layer in drawn["curves"].layers if layer.in_legend]
     assert [layer.name for layer in lines] == [f"{n} {rank}" for rank in RANKS for n in NAMES]
-    assert len({layer.dash for layer in lines if layer.name.endswith(" 64")}) > 2
+    assert len({layer.dash for layer in lines if layer.name.endswith(" 64")}) == len(NAMES)
     assert {layer.name for layer in drawn["learning_rate"].layers} == {line.name for line in lines}
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, math.inf, math.nan])
+def test_a_record_that_no_study_wrote_is_named_alike_everywhere(scale: float) -> None:
+    odd = replace(trial(0, 8, 1.0, None, 0.0), init_scale=scale)
+    assert list(kinds(table([odd]))) == [kind_of(odd)]
+    verdict = judge(study_config(), [odd], {})
+    assert "best" in rank_table([odd], verdict)["marks"][0]
+
+
+def test_one_power_in_the_place_of_both_rules_is_one_kind() -> None:
+    """Their gamma_r is the same, and so is all that they are."""
+    of_lora = [trial(rank, rank, 1.0 - rank / 100, -0.25, 0.0) for rank in RANKS]
+    of_rslora = [replace(record, number=100 + record.number, method="rslora") for record in of_lora]
+    records = [*of_lora, *of_rslora]
+    verdict = judge(study_config(), records, {})
+    ranks = rank_table(records, verdict)
+    assert list(ranks["num_trials"]) == [2, 2, 2]
+    assert list(ranks["marks"].str.contains("best")) == [False, False, True]
+    (memory, *_) = panels(records, verdict)
+    assert isinstance(memory, Panel)
+    points = [layer for layer in memory.layers if layer.name == "LoRA alpha r^-0.25"]
+    assert [len(layer.x) for layer in points] == [len(records)]
 
 
 def test_a_method_keeps_its_look_whatever_else_is_there() -> None:
@@ -93,4 +118,6 @@ def test_a_method_keeps_its_look_whatever_else_is_there() -> None:
         [("lora", "LoRA"), *(("lora", name) for name in NAMES), ("rslora", "rsLoRA")]
     )
     assert {name: among[name] for name in alone} == alone
-    assert len(set(among.values())) == len(among)
+    # Each of colour and dash tells apart the powers of a study beside both methods.
+    assert len({colour for colour, _, _ in among.values()}) == len(among)
+    assert len({dash for _, _, dash in among.values()}) == len(among)

@@ -25,7 +25,7 @@ from rsauto.cli import app
 from rsauto.errors import AllTrialsFailedError, InputError, StudyInterrupted
 from rsauto.search import pruning
 from rsauto.search.driver import StopFlag, study_events
-from rsauto.search.events import TrialStep
+from rsauto.search.events import TrialStarted, TrialStep
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +212,27 @@ def test_changed_data_are_refused(finished: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_a_report_may_be_left_for_later(tmp_path: Path) -> None:
-    path, out = write_study(tmp_path, trials=1), tmp_path / "out"
-    done = CliRunner().invoke(app, ["study", str(path), "--out", str(out), "--no-report"])
-    assert done.exit_code == 0, done.output
-    assert f"rsauto report {out}" in done.output.replace("\n", "")
-    assert (out / "best").is_dir() and not list(out.glob("report.*")), "the adapter is there"
+    """Also where the study is interrupted; one of an earlier run is not shown as this one's."""
+    path, out = write_study(tmp_path, trials=4), tmp_path / "out [x]"
+    pages = ("report.*", "tradeoff.*", "figures")
+
+    def study(*options: str) -> str:
+        done = CliRunner().invoke(app, ["study", str(path), "--out", str(out), *options])
+        assert done.exit_code == 0, done.output
+        return done.output.replace("\n", "")
+
+    stop = StopFlag()
+    with pytest.raises(StudyInterrupted):
+        for event in study_events(study_file.load(path), out, stop=stop, report=False):
+            stop.requested |= isinstance(event, TrialStarted)
+    assert not [file for page in pages for file in out.glob(page)]
+    assert f"rsauto report '{out}'" in study("--no-report")
+    assert (out / "best").is_dir(), "the adapter is there"
+    assert not [file for page in pages for file in out.glob(page)]
     assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
-    assert (out / "report.html").exists() and (out / "tradeoff.csv").exists()
+    assert {page: any(out.glob(page)) for page in pages} == dict.fromkeys(pages, True)
+    said = study("--no-report", "--trials", "5", "--json")
+    assert str(out / "tradeoff.csv") not in said and str(out / "report.html") not in said
 
 
 def test_report_is_made_from_records_alone(finished: dict[str, Any], tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ from tiny_study import environment
 
 TUTORIAL = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 SHORTER = {
-    "study": ["--trials", "4", "--set", "training.steps=8", "--set", "search.seeds=1",
-              "--set", "data.validation_rows=16"],  # fmt: skip
+    "study": [
+        "--trials",
+        "4",
+        "--set",
+        "training.steps=8",
+        "--set",
+        "search.seeds=1",
+        "--set",
+        "data.validation_rows=16",
+    ],
     "train": ["--epochs", "0.05"],
 }
 """What is added to a command; the last of two equal options counts."""

@@ -14,6 +14,7 @@ from rsauto.errors import InputError
 from rsauto.records import TrialRecord
 from rsauto.report.cells import Grid, in_words
 from rsauto.report.drawing import drawing
+from rsauto.report.kinds import kind_of
 from rsauto.report.markdown import inline, pipe_table
 from rsauto.report.page import csv_bytes
 from rsauto.report.panel import RANK_COLOURS, Layer, Panel
@@ -21,7 +22,7 @@ from rsauto.report.pareto import pareto
 from rsauto.report.standing import Standing
 from rsauto.report.table import Study, cost_bytes, load_study
 from rsauto.report.verdict import Verdict, judge
-from rsauto.units import ABSENT, byte_unit, difference_text, mean_text, method_text, objective_text
+from rsauto.units import ABSENT, byte_unit, difference_text, mean_text, objective_text
 
 COLUMNS = {
     "study": "string",
@@ -31,6 +32,7 @@ COLUMNS = {
     "same_data_as": "string",
     "memory_budget_bytes": "Int64",
     "method": "string",
+    "kind": "string",
     "rank": "Int64",
     "alpha": "Int64",
     "learning_rate": "Float64",
@@ -57,12 +59,13 @@ the same rows, lengths and model vocabulary, with its folder where names are the
 objectives may be compared."""
 
 _SHOWN = (
-    "study", "folder", "model", "data", "memory_budget_bytes", "method", "rank", "alpha",
+    "study", "folder", "model", "data", "memory_budget_bytes", "kind", "rank", "alpha",
     "learning_rate", "value", "smallest_budget_bytes", "train_seconds", "flops", "gained",
     "best_rank", "num_trials", "tokens",
 )  # fmt: skip
 
 _TITLES = {
+    "kind": "method",
     "gained": "gain over the tuned default",
     "train_seconds": "train time",
     "flops": "FLOPs",
@@ -95,8 +98,7 @@ class Comparison:
     @property
     def grid(self) -> Grid:
         """In words, a column for each study."""
-        methods = [method_text(m) for m in self.rows["method"].fillna(ABSENT)]
-        shown = self.rows.assign(value=_values(self.rows), gained=_gains(self.rows), method=methods)
+        shown = self.rows.assign(value=_values(self.rows), gained=_gains(self.rows))
         titles = {**_TITLES, "value": objective_text(self.objective)}
         lines = in_words(shown, _SHOWN, titles)
         across = list(zip(lines.headers, *lines.rows, strict=True))
@@ -205,7 +207,7 @@ def _costs(record: TrialRecord) -> dict[str, Any]:
         "method", "rank", "alpha", "learning_rate", "measured_peak_bytes", "num_trainable_params",
         "train_seconds", "flops",
     )  # fmt: skip
-    return {name: getattr(record, name) for name in names}
+    return {"kind": kind_of(record), **{name: getattr(record, name) for name in names}}
 
 
 def _objective(standing: Standing | None) -> float | None:

@@ -53,10 +53,10 @@ _QUANTITIES = (
 )
 
 _LOOKS = (
-    "Strong lines are the best full-length trial of each rank and method, or the one that came "
+    "Strong lines are the best full-length trial of each rank and kind, or the one that came "
     "furthest where none finished; the others are faint, dotted if they were stopped, and a point "
-    "where that was at the first evaluation. Colour and symbol tell the rank, the dash the method "
-    "(solid rsLoRA, dashed LoRA, dotted AdaLoRA)."
+    "where that was at the first evaluation. Colour and symbol tell the rank, the dash the kind "
+    "(solid rsLoRA, dashed LoRA, dotted AdaLoRA, others as in the legend)."
 )
 
 

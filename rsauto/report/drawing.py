@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from rsauto.report.panel import GREY, NONE, SCALE, HeatMap, Layer, Panel
+from rsauto.report.panel import GREY, NONE, SCALE, Dash, HeatMap, Layer, Panel
 
 _MARKERS = {
     "circle": "o",
@@ -28,7 +29,14 @@ _MARKERS = {
     "bar": "|",
     "ring": "o",
 }
-_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_DASHES: Mapping[Dash, Any] = {
+    "solid": "-",
+    "dash": "--",
+    "dot": ":",
+    "dashdot": "-.",
+    "longdash": (0, (9, 3)),
+    "longdashdot": (0, (9, 3, 1.5, 3)),
+}
 
 # The salt names the elements inside the file and the date would be that of the run: fixed and
 # left out, so that a report made twice differs nowhere. Text stays text, in the reader's own font.

@@ -57,7 +57,7 @@ def _by_rank(trials: pd.DataFrame, verdict: Verdict) -> Panel:
     done = full_runs(trials, verdict.objective)
     lines = []
     looks = kind_looks(zip(trials["method"], trials["kind"], strict=True))
-    for (_, kind, refit), group in done.groupby(["method", "kind", "refit"]):
+    for (kind, refit), group in done.groupby(["kind", "refit"]):
         best = group.groupby("rank")[verdict.objective]
         line = (best.min() if verdict.minimize else best.max()).sort_index()
         lines.append(
@@ -99,7 +99,7 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     looks = rank_looks(trials["rank"])
     of_kinds = kind_looks(zip(trials["method"], trials["kind"], strict=True))
     layers = []
-    for (rank, _, kind, refit), rows in done.groupby(["rank", "method", "kind", "refit"]):
+    for (rank, kind, refit), rows in done.groupby(["rank", "kind", "refit"]):
         colour, symbol = looks[int(str(rank))]
         name = f"{refit_text(str(kind), bool(refit))} {rank}"
         layers.append(
@@ -118,8 +118,8 @@ def _learning_rates(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     return Panel(
         key="learning_rate",
         title=f"Every rank's learning rate: {name} against it",
-        caption="Full-length trials, one line a method and rank. Where the best point is at the "
-        f"end of a line, a wider range of learning rates may do better. {AT_THE_EDGE}",
+        caption="Full-length trials, one line for each kind and rank. Where the best point is at "
+        f"the end of a line, a wider range of learning rates may do better. {AT_THE_EDGE}",
         x_label="learning rate",
         y_label=name,
         layers=tuple(layers),

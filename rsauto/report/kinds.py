@@ -16,6 +16,7 @@ import pandas as pd
 from rsauto.records import TrialRecord
 from rsauto.report.panel import (
     BLUE,
+    DASHES,
     GREEN,
     GREY,
     METHOD_COLOURS,
@@ -32,26 +33,22 @@ from rsauto.units import method_text
 
 Look = tuple[str, Symbol, Dash]
 
-_SPARE: tuple[Look, ...] = (
-    (SKY, "diamond", "dash"),
-    (GREEN, "up", "dot"),
-    (PINK, "square", "dashdot"),
-    (YELLOW, "circle", "dash"),
-    (ORANGE, "diamond", "dot"),
-    (BLUE, "square", "dashdot"),
-)
-"""Of kinds beyond the methods themselves."""
+_COLOURS = (SKY, GREEN, PINK, YELLOW, ORANGE, BLUE)
+_SYMBOLS: tuple[Symbol, ...] = ("diamond", "up", "square", "circle")
+"""Of kinds that are no method's own, as far as no method that is there has them."""
 
 
 def kind_text(
     method: str, rank: int, scaling_exponent: float | None, init_scale: float | None
 ) -> str:
-    """'rsLoRA'; 'LoRA alpha r^-0.25' where gamma_r is neither rule's; 'LoRA, A by r^-0.5' where A
-    is not drawn as usual."""
+    """'rsLoRA'; 'LoRA alpha r^-0.25' where gamma_r is neither rule's, whichever of the two methods
+    it took the place of; 'LoRA, A by r^-0.5' where A is not drawn as usual."""
     name = method_text(method)
-    if scaling_exponent is not None:
+    if _is_set(scaling_exponent):
         name = f"LoRA alpha r^{scaling_exponent:g}"
-    return name if init_scale is None else f"{name}, A by {_power(rank, init_scale)}"
+    if init_scale is None or not _is_set(init_scale) or init_scale == 1:
+        return name
+    return f"{name}, A by {_power(rank, init_scale)}"
 
 
 def kind_of(record: TrialRecord) -> str:
@@ -72,22 +69,38 @@ def refit_text(kind: str, is_refit: bool) -> str:
 
 
 def kind_looks(found: Iterable[tuple[str, str]]) -> dict[str, Look]:
-    """Colour, symbol and dash of every kind, given with its method: a method's own where nothing
-    else was set."""
+    """Colour, symbol and dash of every kind, given with its method.
+
+    A method has its own where nothing else was set; the others share out what is left.
+    """
     pairs = sorted(set(found))
-    spare = cycle(_SPARE)
-    return {
+    looks: dict[str, Look] = {
         kind: (
             METHOD_COLOURS.get(method, GREY),
             METHOD_SYMBOLS.get(method, "circle"),
             METHOD_DASHES.get(method, "solid"),
         )
-        if kind == method_text(method)
-        else next(spare)
         for method, kind in pairs
+        if kind == method_text(method)
     }
+    colours, symbols, dashes = zip(*looks.values(), strict=True) if looks else ((), (), ())
+    others = sorted({kind for _, kind in pairs} - set(looks))
+    spare = zip(
+        cycle([colour for colour in _COLOURS if colour not in colours]),
+        cycle([symbol for symbol in _SYMBOLS if symbol not in symbols] or _SYMBOLS),
+        cycle([dash for dash in DASHES if dash not in dashes]),
+        strict=False,
+    )
+    return looks | dict(zip(others, spare, strict=False))
+
+
+def _is_set(number: float | None) -> bool:
+    """Whether a table, which knows no infinity, would have it, too."""
+    return number is not None and math.isfinite(number)
 
 
 def _power(rank: int, scale: float) -> str:
-    """rank**p as 'r^p', and of rank 1, which has no power, the number itself."""
-    return f"r^{math.log(scale) / math.log(rank):.3g}" if rank > 1 else f"{scale:.3g}"
+    """rank**p as 'r^p'; the number itself where it is no power of it."""
+    if rank < 2 or scale <= 0:
+        return f"{scale:.6g}"
+    return f"r^{math.log(scale) / math.log(rank):.6g}"

@@ -13,7 +13,8 @@ Symbol = Literal[
     "circle", "square", "diamond", "star", "down", "up", "left", "right", "cross", "plus", "bar",
     "ring",
 ]  # fmt: skip
-Dash = Literal["solid", "dash", "dot", "dashdot"]
+Dash = Literal["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+DASHES: tuple[Dash, ...] = ("longdash", "longdashdot", "dash", "dot", "dashdot", "solid")
 
 # Okabe and Ito, "Color Universal Design" (2008), distinguishable with any colour vision; their
 # black is left out because it vanishes on a dark page, and grey stands in for it.

@@ -75,9 +75,7 @@ def rank_table(records: Sequence[TrialRecord], verdict: Verdict) -> pd.DataFrame
     trials = trials.assign(kind=kinds(trials))
     rows = [
         _row(group, verdict)
-        for _, group in trials.groupby(
-            ["rank", "method", "kind", "refit"], sort=True, observed=True
-        )
+        for _, group in trials.groupby(["rank", "kind", "refit"], sort=True, observed=True)
     ]
     return pd.DataFrame(rows, columns=list(RANK_COLUMNS)).astype(RANK_COLUMNS)
 

@@ -9,7 +9,7 @@ from rsauto.rate_law import RatePoint
 from rsauto.records import TrialRecord
 from rsauto.report.panel import GREY, METHOD_COLOURS, Layer, Panel, rate_ticks
 from rsauto.report.rates import RateFinding, rate_findings
-from rsauto.units import method_text, rate_text, value_text
+from rsauto.units import rate_text, value_text
 
 _ROOM = 1.6
 """By what factor the axis goes beyond the lowest and the highest rate tried."""
@@ -47,7 +47,7 @@ def rates_panel(records: Sequence[TrialRecord]) -> Panel | None:
 
 
 def _layers(finding: RateFinding, limits: tuple[float, float]) -> list[Layer]:
-    name = method_text(finding.method)
+    name = finding.kind
     colour = METHOD_COLOURS[finding.method]
     best = _best_of_ranks(finding.trials)
     rest = [point for point in finding.trials if point not in best]

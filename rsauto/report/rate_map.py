@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 
+from rsauto.report.kinds import Look, kind_looks
 from rsauto.report.noise import full_runs
-from rsauto.report.panel import BLUE, GREY, METHOD_SYMBOLS, SKY, Layer, Panel, rate_ticks
+from rsauto.report.panel import BLUE, GREY, SKY, Layer, Panel, rate_ticks
 from rsauto.report.trial_layers import UNFINISHED, Axes, Scale
 from rsauto.report.verdict import Verdict
-from rsauto.units import method_text, objective_text, percent_text, rate_text
+from rsauto.units import objective_text, percent_text, rate_text
 
 _BANDS: tuple[tuple[float, str, float], ...] = (
     (0.01, BLUE, 17.0),
@@ -34,13 +36,14 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     values = done[verdict.objective].astype(float)
     best = float(values.min() if verdict.minimize else values.max())
     behind = (values - best).abs() / (abs(best) or 1.0)
+    looks = kind_looks(zip(done["method"], done["kind"], strict=True))
     layers = []
     for (low, *_), (high, colour, size) in pairwise([(-1.0, "", 0.0), *_BANDS]):
         band = done[(behind > low) & (behind <= high)]
         name = f"within {percent_text(high)}" if high < 1 else f"over {percent_text(low)} worse"
         is_first = True
-        for method, symbol in METHOD_SYMBOLS.items():
-            layer = _at_rates(axes, name, band[band["method"] == method])
+        for kind, (_, symbol, _) in looks.items():
+            layer = _at_rates(axes, name, band[band["kind"] == kind])
             if layer.x:
                 look = replace(layer, colour=colour, size=size, symbol=symbol)
                 layers.append(replace(look, in_legend=is_first))
@@ -55,9 +58,9 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     return Panel(
         key="rate_map",
         title=f"Map of rank and learning rate: {name}",
-        finding=_finding(done.iloc[int(behind.argmin())], name),
+        finding=_finding(done.iloc[int(behind.argmin())], name, is_only=len(looks) == 1),
         caption=f"Full-length trials by how much worse their {name} is than the best: the larger "
-        f"and the bluer the better. {_symbols_told(done)}What did not finish is drawn open.",
+        f"and the bluer the better. {_symbols_told(looks)}What did not finish is drawn open.",
         x_label="rank",
         y_label="learning rate",
         layers=tuple(layer for layer in layers if layer.x),
@@ -74,16 +77,16 @@ def _at_rates(axes: Axes, name: str, rows: pd.DataFrame) -> Layer:
     return replace(layer, y=tuple(float(rate) for rate in rows["learning_rate"]), colour=GREY)
 
 
-def _finding(best: pd.Series[Any], name: str) -> str:
-    rate = rate_text(float(best["learning_rate"]))
-    return f"The best {name} of a single trial is at rank {best['rank']}, learning rate {rate}."
+def _finding(best: pd.Series[Any], name: str, *, is_only: bool) -> str:
+    place = f"rank {best['rank']}, learning rate {rate_text(float(best['learning_rate']))}"
+    kind = "" if is_only else f" ({best['kind']})"
+    return f"The best {name} of a single trial is at {place}{kind}."
 
 
-def _symbols_told(done: pd.DataFrame) -> str:
-    methods = [method for method in METHOD_SYMBOLS if (done["method"] == method).any()]
-    if len(methods) < 2:
+def _symbols_told(looks: Mapping[str, Look]) -> str:
+    if len(looks) < 2:
         return ""
     told = {"circle": "discs", "square": "squares", "up": "triangles", "diamond": "diamonds"}
-    named = [f"{told[METHOD_SYMBOLS[method]]} are {method_text(method)}" for method in methods]
+    named = [f"{told[symbol]} are {kind}" for kind, (_, symbol, _) in looks.items()]
     text = ", ".join(named)
     return f"{text[0].upper()}{text[1:]}. "

@@ -9,8 +9,8 @@ from typing import Literal
 
 from rsauto.rate_law import RateLaw, RatePoint, Surface, fit_surface, whole_search_trials
 from rsauto.records import Method, TrialRecord
+from rsauto.report.kinds import kind_of
 from rsauto.scaling import OptimizerName, ScalingRule, learning_rate_exponent
-from rsauto.units import method_text
 
 LAWFUL: tuple[tuple[Method, ScalingRule], ...] = (("rslora", "rslora"), ("lora", "lora"))
 """Methods with a law, and the scaling rule it follows from."""
@@ -27,6 +27,8 @@ class RateFinding:
     """What the search trials of one method say about its law."""
 
     method: Method
+    kind: str
+    """What reports call it, see ``kind_text``."""
     optimizer: OptimizerName
     prior: float
     """Exponent of the law that was assumed."""
@@ -58,10 +60,7 @@ class RateFinding:
 
     @property
     def sentence(self) -> str:
-        prior = (
-            f"prior for {method_text(self.method)} under {_OPTIMIZERS[self.optimizer]} is "
-            f"{_power(self.prior)}"
-        )
+        prior = f"prior for {self.kind} under {_OPTIMIZERS[self.optimizer]} is {_power(self.prior)}"
         law = self.law
         if law is None:
             count = len(self.trials)
@@ -104,6 +103,7 @@ def rate_findings(records: Sequence[TrialRecord]) -> tuple[RateFinding, ...]:
         found.append(
             RateFinding(
                 method=method,
+                kind=kind_of(ours[0]),
                 optimizer=optimizer,
                 prior=learning_rate_exponent(rule, optimizer, exponent),
                 trials=tuple(points),

@@ -115,14 +115,14 @@ class Axes:
         )
 
     def trials(self, trials: pd.DataFrame) -> list[Layer]:
-        """All trials: those that finished by method, the rest by how they ended."""
+        """All trials: those that finished by kind, the rest by how they ended."""
         trials = trials[trials[self.x].notna()]
         done = full_runs(trials, self.verdict.objective)
         which = _is_default(done).map({True: "default", False: "searched"})
         which = which.mask(done["refit"], "refit")
         looks = kind_looks(zip(trials["method"], trials["kind"], strict=True))
         layers = []
-        for _, kind in sorted(set(zip(done["method"], done["kind"], strict=True)), reverse=True):
+        for kind in sorted(set(done["kind"]), reverse=True):
             colour, own, _ = looks[kind]
             for sort, symbol, name in _SORTS:
                 rows = done[(done["kind"] == kind) & (which == sort)]

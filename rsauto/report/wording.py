@@ -92,7 +92,7 @@ def _take(verdict: Verdict, chosen: Standing, best: Standing) -> str:
     rival = f"rank {best.record.rank}"
     if tuned is not None and tuned.record.number == best.record.number:
         rival = f"the tuned default, {rival}"
-    elif best.record.rank == chosen.record.rank:
+    elif best.record.rank == chosen.record.rank or kind_of(best.record) != kind_of(chosen.record):
         rival = settings_text(best.record)
     # That the cheapest of the ties is cheaper is told of the ties.
     is_told = bool(verdict.ties) and verdict.ties[0].record.number == chosen.record.number

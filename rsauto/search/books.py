@@ -40,7 +40,16 @@ class Ending(NamedTuple):
 class Books:
     """Where the trials of one run of a study are written down."""
 
-    def __init__(self, setup: Setup, folder: StudyFolder, ledger: Ledger, stop: StopFlag) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        folder: StudyFolder,
+        ledger: Ledger,
+        stop: StopFlag,
+        *,
+        has_report: bool = True,
+    ) -> None:
+        self.has_report = has_report
         self.setup = setup
         """As it is now: what is predicted may grow while the study learns."""
         self.folder = folder
@@ -132,7 +141,7 @@ class Books:
     def stop_if_asked(self) -> None:
         """Raises StudyInterrupted once somebody has asked to stop."""
         if self.stop.requested:
-            self.write_unfinished_report()
+            self.write_report()
             raise StudyInterrupted(self.stopped_message())
 
     def stopped_message(self) -> str:
@@ -141,9 +150,11 @@ class Books:
             f"{self.folder.path}; the same command continues."
         )
 
-    def write_unfinished_report(self) -> None:
+    def write_report(self) -> None:
+        """The records so far, and unless it is left for later the report of them."""
         self.folder.write_records(self.ledger.records())
-        write_report(self.folder.path)
+        if self.has_report:
+            write_report(self.folder.path)
 
 
 class WorkersBooks(Books):
@@ -155,7 +166,7 @@ class WorkersBooks(Books):
             "another."
         )
 
-    def write_unfinished_report(self) -> None:
+    def write_report(self) -> None:
         pass
 
 

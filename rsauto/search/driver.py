@@ -19,7 +19,6 @@ from rsauto.environment import describe_environment
 from rsauto.errors import StudyInterrupted
 from rsauto.launch import Crew, NoCrew
 from rsauto.records import TrialRecord
-from rsauto.report.page import write_report
 from rsauto.search.agenda import num_settled
 from rsauto.search.bench import load_bench, with_baseline, with_memory_of
 from rsauto.search.books import Books
@@ -55,7 +54,7 @@ def study_events(
 ) -> Iterator[Event]:
     """Runs or continues the study of ``config`` in the folder ``out``, with the help of ``crew``.
 
-    Without ``report`` its page and table are left to `rsauto.report.page.write_report`.
+    Without ``report`` page and table are left to `rsauto report`, also where the study ends early.
 
     Raises InputError or BudgetError (nothing was started), StudyInterrupted (the same call
     continues) or AllTrialsFailedError.
@@ -88,13 +87,9 @@ def _led_events(
     if stop.requested:
         raise StudyInterrupted("Stopped before anything was started; the same command begins.")
     with disk_errors(folder), folder.locked():
-        run = StudyRun(config, setup, folder, storage, stop, crew, begin)
+        run = StudyRun(config, setup, folder, storage, stop, crew, begin, has_report=report)
         try:
             yield from run.events()
-            if report:
-                yield Stage("writing the report")
-                write_report(folder.path)
-            yield StudyEnded(folder.path, time.monotonic() - begin, run.environment["ended"])
         finally:
             run.close()
 
@@ -111,6 +106,8 @@ class StudyRun:
         stop: StopFlag,
         crew: Crew,
         begin: float,
+        *,
+        has_report: bool,
     ) -> None:
         """``config`` is the study's; that of ``setup`` has the memory of this process."""
         self.config = config
@@ -127,7 +124,7 @@ class StudyRun:
         if storage is None:
             require_own_journal(opened, config, folder)
         self.ledger = Ledger.open(opened, config)
-        self.books = Books(setup, folder, self.ledger, stop)
+        self.books = Books(setup, folder, self.ledger, stop, has_report=has_report)
         self.environment["fingerprints"] = claim(self.ledger, config, setup, folder)
         self.num_orphans = self.ledger.recover_orphans(
             is_alone=is_alone, limit=config.search.trials
@@ -183,6 +180,10 @@ class StudyRun:
             self.environment,
             lambda record: self._train_again(bench, record),
         )
+        if self.books.has_report:
+            yield Stage("writing the report")
+        self.books.write_report()
+        yield StudyEnded(self.folder.path, time.monotonic() - self.begin, reason)
 
     def _crew_notices(self) -> Iterator[Event]:
         for text in self.crew.notices():

@@ -100,7 +100,8 @@ class PackShrank:
 
 @dataclass(frozen=True)
 class StudyEnded:
-    """The folder is complete: records, report and adapters are written."""
+    """The folder is complete: records and adapters are written, and the report if it was asked
+    for."""
 
     out: Path
     seconds: float

@@ -393,7 +393,7 @@ class Work:
         if self.num_failures < limit:
             return
         settled = [r for _, r in self.ledger.settled() if r.outcome != "infeasible"]
-        self.books.write_unfinished_report()
+        self.books.write_report()
         message = f"{limit} trials in a row failed, the last with: {self._last_error}."
         if all(r.outcome == "failed" for r in settled):
             raise AllTrialsFailedError(f"{message} No trial gave a result.")
