@@ -66,8 +66,12 @@ def _layers(panel: Panel) -> Figure:
     for layer in panel.layers:
         _draw(axes, layer)
     _dress(axes, panel)
-    if any(layer.in_legend for layer in panel.layers):
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    names = [layer.name for layer in panel.layers if layer.in_legend]
+    if names:
+        columns = 4 if max(map(len, names)) <= 16 else 3
+        figure.legend(  # handles long enough to tell one dash from another
+            loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.6
+        )
     return figure
 
 
