@@ -125,5 +125,9 @@
       delete pane.dataset.paper;
     });
     dress(dark.matches);
+    // A slow browser has not given the page its own width back yet.
+    requestAnimationFrame(() => setTimeout(() => drawn.forEach((key) => {
+      if (plots[key].offsetParent) Plotly.Plots.resize(plots[key]);
+    })));
   });
 })();
