@@ -18,8 +18,8 @@ from rsauto.report.table import is_refit
 from rsauto.report.verdict import Verdict
 from rsauto.units import rate_text, value_text
 
-_Kind = tuple[int, str, str, bool]
-"""Rank, method, kind, and whether it is a refit."""
+_Kind = tuple[int, str, bool]
+"""Rank, kind, and whether it is a refit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +72,12 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
     kinds: dict[_Kind, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda r: (r.rank, r.method, r.number)):
         if _curve(record, quantity):
-            kind: _Kind = (record.rank, record.method, kind_of(record), is_refit(record))
+            kind = (record.rank, kind_of(record), is_refit(record))
             kinds.setdefault(kind, []).append(record)
     if not kinds:
         return None
     best = {kind: _best(group, verdict) for kind, group in kinds.items()}
-    looks = rank_looks(rank for rank, *_ in kinds)
+    looks = rank_looks(rank for rank, _, _ in kinds)
     faint = []
     for kind, group in kinds.items():
         alike: dict[tuple[bool, bool], list[TrialRecord]] = {}
@@ -91,10 +91,12 @@ def _panel(records: Sequence[TrialRecord], verdict: Verdict, quantity: _Quantity
             if is_point:  # a line of one point is not drawn
                 line = replace(line, dash=None, symbol=symbol, size=5.0)
             faint.append(replace(line, opacity=0.4 if len(records) <= 100 else 0.15))
-    dashes = {name: dash for name, (*_, dash) in kind_looks(kind[1:3] for kind in kinds).items()}
+    of_kinds = kind_looks((record.method, kind_of(record)) for record in records)
     strong = [_strong(kind, record, quantity) for kind, record in best.items()]
     shown = [
-        replace(layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1], dash=dashes[kind[2]])
+        replace(
+            layer, colour=looks[kind[0]][0], symbol=looks[kind[0]][1], dash=of_kinds[kind[1]][2]
+        )
         for kind, layer in zip(kinds, strong, strict=True)
     ]
     return Panel(
@@ -135,7 +137,7 @@ def _best(group: Iterable[TrialRecord], verdict: Verdict) -> TrialRecord:
 
 
 def _name(kind: _Kind) -> str:
-    rank, _, name, refit = kind
+    rank, name, refit = kind
     return f"{refit_text(name, refit)} {rank}"
 
 
