@@ -134,13 +134,13 @@ class Landscape(SyntheticRun):
             adapter_entries=list,
             remove_adapters=lambda *_, **__: None,
             adapter=lambda *_: None,
-            path="",
+            path=None,  # nothing may be written there
         )
         self.books.folder = self.folder = nothing  # type: ignore[assignment]
         self.books.stop = StopFlag()
         self.books.setup.predict = lambda spec: spec.rank  # type: ignore[assignment,method-assign]
         self.books.place_of = lambda record: (None, "")  # type: ignore[assignment,method-assign]
-        self.books.write_unfinished_report = lambda: None  # type: ignore[method-assign]
+        self.books.has_report = False
         self.stop_after = 10**9
         """Settled trials or steps of packs after which somebody asks to stop."""
 
