@@ -126,6 +126,7 @@ def one(request: pytest.FixtureRequest) -> Trained:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["compact", "padded"])
+@pytest.mark.sample(6)
 def test_plain_lora_has_the_logits(one: Trained, padded: bool, tmp_path: Path) -> None:
     written = rsauto.export_lora(one.model, tmp_path / "lora", padded=padded)
     loaded = PeftModel.from_pretrained(one.fresh(), tmp_path / "lora")

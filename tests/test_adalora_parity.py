@@ -162,12 +162,14 @@ def pair(
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.sample(4)
 def test_a_llama_trains_as_with_peft(changes: dict[str, Any]) -> None:
     stock, ours = pair(tiny_llama, LLAMA_TARGETS, **changes)
     assert_same_run(stock, ours, total_step=50)
 
 
 @pytest.mark.parametrize("name", ["plain", "12-to-8", "neither"])
+@pytest.mark.sample(1)
 def test_layers_of_conv1d_train_as_with_peft(name: str) -> None:
     stock, ours = pair(tiny_gpt2, GPT2_TARGETS, fan_in_fan_out=True, **VARIANTS[name])
     assert_same_run(stock, ours, total_step=50)
@@ -175,6 +177,7 @@ def test_layers_of_conv1d_train_as_with_peft(name: str) -> None:
 
 @pytest.mark.parametrize(("init_r", "target_r"), [(6, 2), (8, 5)])
 @pytest.mark.parametrize("scale_rank", ["target", "init"])
+@pytest.mark.sample(2)
 def test_the_factor_of_rslora_is_another_alpha_of_peft(
     init_r: int, target_r: int, scale_rank: str
 ) -> None:

@@ -215,6 +215,7 @@ MOMENTS = {"before": 2, "during": 7, "last-of-all": 11, "final": 13}
 
 @pytest.mark.parametrize("recovery", ["paper", "none"])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.sample(3)
 def test_a_trainer_resumes_as_if_it_had_not_stopped(
     tmp_path: Path, moment: str, recovery: str
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_trainer_resumes_as_if_it_had_not_stopped(
 @pytest.mark.parametrize("recovery", ["paper", "none"])
 @pytest.mark.parametrize("score", ["full", "lambda"])
 @pytest.mark.parametrize("stop", [1, 8, 17])
+@pytest.mark.sample(4)
 def test_a_loop_by_hand_resumes_as_if_it_had_not_stopped(
     tmp_path: Path, stop: int, score: str, recovery: str
 ) -> None:

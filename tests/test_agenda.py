@@ -120,6 +120,7 @@ def test_a_study_goes_from_the_search_over_the_default_and_its_tuning_to_seeds(
 
 
 @pytest.mark.parametrize("strategy", ["random", "tpe", "transfer", "cost"])
+@pytest.mark.sample(2)
 def test_a_study_ends_with_exactly_the_trials_asked_for(strategy: str, record_of: Records) -> None:
     def mixed(spec: TrialSpec, number: int) -> str:
         return ("complete", "pruned", "complete", "failed", "oom", "diverged")[number % 6]

@@ -216,6 +216,7 @@ def test_the_same_results_draw_the_same_plot(
     assert b"rsauto" in first and b"grid" in first
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on(
     modules: dict[str, ModuleType],
     task: Any,

@@ -154,6 +154,7 @@ def test_a_language_model_has_no_such_head() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sample(2)
 def test_a_trial_learns_leaves_no_trace_and_reloads_in_stock_peft(
     name: str, tmp_path: Path
 ) -> None:
@@ -271,6 +272,7 @@ def test_metrics_of_two_and_of_three_classes_by_hand() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("micro_batch_size", [1, 8])
+@pytest.mark.sample(3)
 def test_predicted_memory_is_what_a_trial_needs(name: str, micro_batch_size: int) -> None:
     model = model_of(name)
     # Every micro-batch has a longest row and, above one row, some padding.

@@ -145,6 +145,7 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize(("to", "method", "role", "options", "tolerance"), WEIGHTS)
+@pytest.mark.sample(3)
 def test_an_export_has_the_loss_that_the_trial_ended_with(
     study: Path, tmp_path: Path, to: str, method: str, role: str, options: tuple[str, ...],
     tolerance: float,

@@ -146,6 +146,7 @@ PLACED = AllocationSpec(tinit=1, tfinal=2)
     ids=["adamw", "sgd", "adalora"],
 )
 @pytest.mark.parametrize("held_after", [1, 3])
+@pytest.mark.sample(2)
 def test_a_trial_that_stood_still_is_one_that_never_stopped(
     llama: LlamaForCausalLM, changes: dict[str, Any], optimizer: Any, held_after: int
 ) -> None:
@@ -263,6 +264,7 @@ def test_of_a_ladder_half_end_at_every_rung(large: list[Event]) -> None:
 @pytest.mark.parametrize(
     "packing", [{"trials": 2}, {"trials": 1}, {"trials": 2, "admission": "together"}], ids=str
 )
+@pytest.mark.sample(1)
 def test_a_cohort_larger_than_its_pack_is_halved_as_if_it_were_not(
     packing: dict[str, Any], values: dict[str, Any], large: list[Event], tmp_path: Path
 ) -> None:
@@ -294,6 +296,7 @@ def test_the_curves_are_those_of_trials_alone(
 
 
 @pytest.mark.parametrize("step", [2, 3, 9])
+@pytest.mark.sample(1)
 def test_a_stop_while_trials_stand_at_a_rung_loses_nothing(
     step: int, values: dict[str, Any], large: list[Event], tmp_path: Path
 ) -> None:

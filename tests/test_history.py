@@ -87,6 +87,7 @@ class InFlight(SyntheticRun):
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.sample(1)
 def test_a_study_asks_the_same_however_many_run_at_once_and_in_whatever_order_they_end(
     size: int, record_of: Records
 ) -> None:

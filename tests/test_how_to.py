@@ -135,6 +135,7 @@ def test_the_commands_about_the_report(place: Path) -> None:
         run(line)
 
 
+@pytest.mark.thorough
 def test_the_commands_about_a_budget() -> None:
     (line,) = command_lines("gpu-budget")
     assert "GiB" in run(line)
@@ -176,6 +177,7 @@ def test_several_machines(place: Path, url: str) -> None:
 @pytest.mark.parametrize(
     "line", [line for line in command_lines("several-machines") if "rsauto" != line.split()[0]]
 )
+@pytest.mark.sample(1)
 def test_one_trial_on_several_devices(place: Path, line: str) -> None:
     words = shlex.split(line)
     launcher = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}

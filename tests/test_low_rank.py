@@ -569,6 +569,7 @@ def test_a_step_needs_less_memory_than_with_stock_peft(
     [{}, {"gradient_checkpointing": True}, {"accumulate": True}, {"dtype": "bfloat16"}],
     ids=str,
 )
+@pytest.mark.sample(4)
 def test_the_merged_order_is_predicted_to_the_byte(name: str, changes: dict[str, Any]) -> None:
     merged = require_equal(step_of(name, LM, product_order="merged", **changes), PADDED)
     factors = require_equal(step_of(name, LM, **changes), PADDED)

@@ -185,6 +185,7 @@ def profile_at(kind: StepKind, first: StepSize = SIZE) -> StepProfile:
         (QWEN2, {"device_type": "cuda", "optimizer": "sgd"}, [(128, 5, 40, 40)]),
     ],
 )
+@pytest.mark.sample(2)
 def test_two_traces_give_every_rank_batch_and_length(
     config: PretrainedConfig, changes: dict[str, Any], sizes: list[tuple[int, int, int, int]]
 ) -> None:
@@ -270,6 +271,7 @@ def test_a_straight_line_through_two_peaks_would_predict_too_little() -> None:
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [16, 4, 1])
+@pytest.mark.sample(2)
 def test_prediction_is_close_to_the_measured_peak(micro_batch_size: int, accumulate: bool) -> None:
     planner = planner_of(LLAMA, LENGTH)
     kind = kind_of(LLAMA, accumulate=accumulate)
@@ -292,6 +294,7 @@ def test_prediction_is_close_to_the_measured_peak(micro_batch_size: int, accumul
         (QWEN2, {}, 16),
     ],
 )
+@pytest.mark.sample(4)
 def test_prediction_holds_for_every_setting(
     config: PretrainedConfig, changes: dict[str, Any], rank: int
 ) -> None:
@@ -351,6 +354,7 @@ def test_largest_micro_batch_is_the_largest_that_fits(planner: MemoryPlanner) ->
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.sample(1)
 def test_largest_rank_fits_and_the_next_does_not(device_type: str) -> None:
     planner = planner_of(SMALL_LLAMA, LENGTH, device_type=device_type)
 

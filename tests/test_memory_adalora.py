@@ -107,6 +107,7 @@ GPT2_PATTERN: RankPattern = (("transformer.h.0.attn.c_attn", 5), ("transformer.h
     ],
     ids=str,
 )
+@pytest.mark.sample(5)
 def test_a_fake_step_is_the_real_one(name: str, task: TaskType, changes: dict[str, Any]) -> None:
     require_equal(adalora(one_layer(name, task), task=task, **changes), PADDED)
 
@@ -124,6 +125,7 @@ def test_so_is_one_of_a_single_sequence() -> None:
     ],
     ids=str,
 )
+@pytest.mark.sample(1)
 def test_two_traces_give_every_rank_batch_and_length(changes: dict[str, Any]) -> None:
     kind = adalora(one_layer("llama"), target_modules=("q_proj", "down_proj"), **changes)
     profile = profile_at(kind)
@@ -154,6 +156,7 @@ def module_sizes(num_layers: int = 2) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("score, per_param", [("full", 8), ("lambda", 0)])
+@pytest.mark.sample(1)
 def test_the_importance_counts_with_the_optimizer(score: str, per_param: int) -> None:
     """Two averages in float32 for each number that is scored: 16 B a parameter with AdamW, or 8."""
     kind = adalora(SMALL_LLAMA, score=score)
@@ -201,6 +204,7 @@ def uneven(ranks: list[int]) -> RankPattern:
     ],
     ids=str,
 )
+@pytest.mark.sample(1)
 def test_equal_layers_are_traced_a_few_at_a_time(
     changes: dict[str, Any], traced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +292,7 @@ def adalora_spec(setup: Setup, rank: int, **allocation: Any) -> TrialSpec:
     "rank, allocation",
     [(8, {"score": "full"}), (64, {"orth_reg_weight": 0.0})],
 )
+@pytest.mark.sample(1)
 def test_a_trial_needs_what_was_predicted(
     setup: Setup, bench: Bench, rank: int, allocation: dict[str, Any]
 ) -> None:
@@ -298,6 +303,7 @@ def test_a_trial_needs_what_was_predicted(
 
 
 @pytest.mark.parametrize("bits, dtype", [(8, "float32"), (4, HALF)])
+@pytest.mark.sample(1)
 def test_on_bitsandbytes_layers_as_well(tmp_path: Path, bits: Bits, dtype: DtypeName) -> None:
     base = quantised(write(tmp_path, LLAMA), bits, getattr(torch, dtype))
     spec = TrialSpec(
@@ -411,6 +417,7 @@ PAIRS = tuple(Example((3 + n, 4 + n), 1) for n in range(12))
     ],
     ids=str,
 )
+@pytest.mark.sample(2)
 def test_the_prediction_bounds_the_allocation_itself(
     optimizer: Any, dtype: Any, recovery: Any, allocation: dict[str, Any], targets: Any,
     each_step: list[int],

@@ -268,6 +268,7 @@ def held_after_forward(events: list[tuple[int, str]]) -> int:
     ],
     ids=["plain", "reentrant", "not reentrant", "autocast"],
 )
+@pytest.mark.sample(3)
 def test_without_padding_flash_attn_is_sdpas_flash_kernel(
     config: Any, changes: dict[str, Any]
 ) -> None:

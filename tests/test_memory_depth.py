@@ -62,6 +62,7 @@ def stack_of(kind: StepKind) -> Any:
         (MOE, {}),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_deep_model_is_traced_by_a_few_of_its_layers(
     config: PretrainedConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_layers_of_several_kinds_repeat_in_groups() -> None:
 
 
 @pytest.mark.parametrize("config", [TWO_KINDS, LlamaConfig(num_hidden_layers=6, **SMALL)])
+@pytest.mark.sample(1)
 def test_models_that_do_not_repeat_or_are_shallow_are_traced_whole(
     config: PretrainedConfig,
 ) -> None:

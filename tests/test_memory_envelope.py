@@ -54,6 +54,7 @@ def require_equal(profile: StepProfile, kind: StepKind, size: StepSize) -> None:
     assert prediction.num_trainable_params == direct.num_trainable_params
 
 
+@pytest.mark.thorough
 def test_two_low_ranks_tell_every_high_one() -> None:
     """All 32 layers. The peak moves from the loss to the end of backward, so no line would do."""
     kind = llama_7b()
@@ -79,6 +80,7 @@ def test_two_low_ranks_tell_every_high_one() -> None:
         {"quant_bits": 4, "lora_dropout": 0.05},
     ],
 )
+@pytest.mark.sample(2)
 def test_kinds_of_steps(changes: dict[str, Any]) -> None:
     kind = llama_7b(4, **changes)
     profile = profile_of(kind, ALONE, ALONE._replace(rank=32))
@@ -103,6 +105,7 @@ def test_adalora_grows_with_the_square_of_the_rank() -> None:
         {"padded": False, "attn_implementation": "flash_attention_2"},
     ],
 )
+@pytest.mark.sample(1)
 def test_batches_and_lengths(changes: dict[str, Any]) -> None:
     """Attention by matrices and masks grow with the square of the length."""
     kind = llama_7b(2, **changes)

@@ -91,6 +91,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.sample(6)
 def test_with_its_allowance_the_estimate_is_not_below_the_traced_step(
     name: str, settings: dict[str, Any], checkpointed: bool
 ) -> None:
@@ -107,6 +108,7 @@ def test_with_its_allowance_the_estimate_is_not_below_the_traced_step(
     ("sequences", "checkpointed", "low", "high"),
     [(1, False, -0.16, 0.0), (4, False, -0.16, -0.08), (1, True, 0.0, 0.08), (4, True, 0.0, 0.08)],
 )
+@pytest.mark.sample(1)
 def test_of_a_whole_model_the_estimate_is_off_by_this_much(
     sequences: int, checkpointed: bool, low: float, high: float
 ) -> None:

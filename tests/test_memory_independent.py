@@ -137,6 +137,7 @@ CASES: list[tuple[PretrainedConfig, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize("config, changes, rank", CASES)
+@pytest.mark.sample(6)
 def test_the_profiler_sees_what_was_predicted(
     config: PretrainedConfig, changes: dict[str, Any], rank: int
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_profiler_sees_what_was_predicted(
         (4, ADALORA),
     ],
 )
+@pytest.mark.sample(2)
 def test_bitsandbytes_allocates_what_was_predicted(
     tmp_path: Path, bits: Bits, changes: dict[str, Any]
 ) -> None:
@@ -213,6 +215,7 @@ def _is_writable() -> bool:
 
 @pytest.mark.skipif(not _is_writable(), reason="needs a writable /proc/self/clear_refs")
 @pytest.mark.parametrize("rank", [32, 512])
+@pytest.mark.sample(1)
 def test_the_high_water_mark_of_a_process_is_near(rank: int) -> None:
     """With 0.18 B parameters. Small blocks are given back at once, so that freed is free."""
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

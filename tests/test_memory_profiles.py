@@ -72,6 +72,7 @@ def test_what_changes_bytes_is_another_entry(
 
 
 @pytest.mark.parametrize("lengths", [(64, 20, 31), (20, 64, 31), (31, 20, 64)])
+@pytest.mark.sample(1)
 def test_a_profile_is_not_used_across_a_window(lengths: tuple[int, ...]) -> None:
     """Of 30 tokens; what is asked first must not matter."""
     profiles, kind = Profiles(), kind_of(WINDOWED, padded=False)
@@ -85,6 +86,7 @@ def test_a_profile_is_not_used_across_a_window(lengths: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "junk"])
+@pytest.mark.sample(2)
 def test_broken_files_are_made_again(tmp_path: Path, damage: str) -> None:
     expected = Profiles(tmp_path).predict(KIND, SIZE)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

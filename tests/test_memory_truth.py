@@ -141,6 +141,7 @@ def peak(events: Sequence[StorageEvent]) -> int:
 
 
 @pytest.mark.parametrize("name, task", CASES)
+@pytest.mark.sample(14)
 def test_every_architecture(name: str, task: TaskType) -> None:
     require_equal(step_of(name, task), PADDED)
     require_equal(step_of(name, task, padded=False), ALONE)
@@ -189,6 +190,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.sample(10)
 def test_every_option(options: dict[str, Any]) -> None:
     require_equal(step_of("llama", LM, **options), PADDED)
 
@@ -201,6 +203,7 @@ MODELS = [("gpt2", LM), ("bert", CLASSES), ("qwen2", LM), ("modernbert", CLASSES
     [(*MODELS[number % 4], options) for number, options in enumerate(OPTIONS)],
     ids=str,
 )
+@pytest.mark.sample(6)
 def test_every_option_on_another_model_and_a_single_sequence(
     name: str, task: TaskType, options: dict[str, Any]
 ) -> None:
@@ -217,6 +220,7 @@ def test_adalora_adds_in_place_to_a_view() -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.sample(2)
 def test_experts_of_half_precision(name: str, dtype: str) -> None:
     require_equal(step_of(name, LM, dtype=dtype), PADDED)
 

@@ -138,6 +138,7 @@ LEARNING = [
 
 
 @pytest.mark.parametrize("name, task", LEARNING)
+@pytest.mark.sample(4)
 def test_a_trial_learns_leaves_no_trace_and_reloads_in_stock_peft(
     name: str, task: TaskType, tmp_path: Path
 ) -> None:
@@ -178,6 +179,7 @@ def test_these_models_tie_their_embeddings() -> None:
         *((name, CLASSES) for name in ("modernbert", "deberta_v2")),
     ],
 )
+@pytest.mark.sample(4)
 def test_predicted_memory_is_what_a_trial_needs(
     name: str, task: TaskType, micro_batch_size: int
 ) -> None:
@@ -211,6 +213,7 @@ def test_predicted_memory_is_what_a_trial_needs(
         *((name, CLASSES) for name in ("modernbert", "deberta_v2")),
     ],
 )
+@pytest.mark.sample(2)
 def test_checkpointing_changes_no_loss(name: str, task: TaskType) -> None:
     data = data_of(rows(task, 16, seed=1), rows(task, 4, seed=2))
     losses = []
@@ -321,6 +324,7 @@ def logits_of(model: PreTrainedModel, *examples: Example) -> Tensor:
 
 
 @pytest.mark.parametrize("name, pad_token", [("gpt2", None), ("bert", "<pad>")])
+@pytest.mark.sample(1)
 def test_a_study_of_a_classifier_and_its_best_adapter_in_stock_peft(
     name: str, pad_token: str | None, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def check(llama: LlamaForCausalLM, specs: list[TrialSpec], **settings: Any) -> N
 
 @pytest.mark.parametrize("score", ["full", "lambda"])
 @pytest.mark.parametrize("recovery", ["none", "paper"])
+@pytest.mark.sample(2)
 def test_ranks_are_placed_step_by_step_as_alone(
     llama: LlamaForCausalLM, recovery: str, score: str
 ) -> None:
@@ -81,6 +82,7 @@ def test_ranks_are_placed_step_by_step_as_alone(
     ],
     ids=str,
 )
+@pytest.mark.sample(2)
 def test_other_ways_of_placing_it(llama: LlamaForCausalLM, way: dict[str, Any]) -> None:
     check(llama, [placed(4, 6, way=way), placed(2, 5, way=way, batch_size=16, seed=1)])
 

@@ -75,6 +75,7 @@ def test_trials_of_different_layers_do_not_share_a_pack(values: dict[str, Any]) 
 
 @pytest.mark.parametrize("score", ["full", "lambda"])
 @pytest.mark.parametrize("recovery", ["paper", "none"])
+@pytest.mark.sample(1)
 def test_packs_of_adalora_are_predicted_as_well(
     values: dict[str, Any], score: str, recovery: str
 ) -> None:

@@ -78,6 +78,7 @@ def classifiers(**changes: Any) -> list[TrialSpec]:
 @pytest.mark.parametrize(
     ("name", "half"), [*((name, False) for name in classes.MODELS), ("bert", True), ("llama", True)]
 )
+@pytest.mark.sample(3)
 def test_every_trial_trains_a_head_of_its_own(name: str, half: bool) -> None:
     model = classes.model_of(name)
     model = model.bfloat16() if half else model
@@ -133,6 +134,7 @@ def test_a_trained_head_is_saved_with_its_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", quantised.BITS)
 @pytest.mark.parametrize("config", [quantised.LLAMA, quantised.GPT2], ids=["llama", "gpt2"])
+@pytest.mark.sample(3)
 def test_a_quantised_base_is_shared(
     tmp_path: Path, config: PretrainedConfig, bits: Any, dtype: torch.dtype
 ) -> None:

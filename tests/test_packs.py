@@ -96,6 +96,7 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("admission", ["elastic", "together"])
+@pytest.mark.sample(1)
 def test_a_fixed_list_of_trials_gives_the_same_packed_and_one_by_one(
     admission: str, values: dict[str, Any], one_by_one: list[TrialRecord], tmp_path: Path
 ) -> None:
@@ -298,6 +299,7 @@ def test_the_probe_leaves_the_model_as_it_was(
 
 
 @pytest.mark.parametrize("method", [["rsadalora"], ["rslora", "adalora"]], ids=str)
+@pytest.mark.sample(1)
 def test_adalora_runs_in_packs_too(
     method: list[str], values: dict[str, Any], tmp_path: Path
 ) -> None:

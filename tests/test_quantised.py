@@ -154,6 +154,7 @@ def measured_peak(
         (4, {}, 4, (8, 96), 4),
     ],
 )
+@pytest.mark.sample(2)
 def test_prediction_is_close_to_the_measured_peak(
     llama_folder: Path,
     bits: Bits,

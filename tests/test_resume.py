@@ -100,6 +100,7 @@ def test_killed_in_the_middle_of_a_trial_nothing_settled_is_lost(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.sample(1)
 def test_interrupted_it_ends_cleanly_and_continues(
     study_file: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_second_process_on_the_same_folder_says_so(study_file: Path, tmp_path:
         process.communicate()
 
 
+@pytest.mark.thorough
 def test_a_full_disk_ends_the_study_with_one_message_and_it_continues(
     study_file: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

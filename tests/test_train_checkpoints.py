@@ -139,6 +139,7 @@ def continued(bench: Bench, spec: TrialSpec, folder: Path, at: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sample(3)
 def test_it_ends_as_if_nothing_had_happened(name: str, bench: Bench, tmp_path: Path) -> None:
     spec = SPECS[name]
     undisturbed = trained(bench, spec, None, spec.steps)

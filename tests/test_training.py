@@ -200,6 +200,7 @@ def by_hand(model: LlamaForCausalLM, spec: TrialSpec) -> tuple[list[float], list
     ],
     ids=str,
 )
+@pytest.mark.sample(4)
 def test_a_trial_is_what_stock_peft_and_torch_give_step_by_step(
     llama: LlamaForCausalLM, changes: dict[str, Any]
 ) -> None:

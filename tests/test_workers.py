@@ -437,6 +437,7 @@ def workers_of(host: Child) -> list[int]:
         return []
 
 
+@pytest.mark.thorough
 def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued(
     tmp_path: Path,
 ) -> None:

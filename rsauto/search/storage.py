@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rsauto.errors import InputError, StudyInterrupted
 from rsauto.search.journal import Journal
@@ -165,9 +165,9 @@ def _again(call: Callable[[], T], pauses: Sequence[float]) -> T:
     for pause in pauses:
         try:
             return call()
-        except _TRANSIENT:
-            if time.monotonic() + pause > end:
-                raise
+        except _TRANSIENT as error:
+            if isinstance(error, ArgumentError) or time.monotonic() + pause > end:
+                raise  # a URL that is none will not be one in a second
             time.sleep(pause)
     return call()
 

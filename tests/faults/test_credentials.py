@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_study import environment, write_study
 
 from rsauto.errors import InputError
+from rsauto.search import storage
 from rsauto.search.storage import open_storage
 from rsauto.storage_url import shown, without_secrets
 
@@ -42,7 +43,10 @@ def closed_port() -> int:
         "postgresql://me:{}@127.0.0.1:{}x/x",
     ],
 )
-def test_no_message_tells_a_password(tmp_path: Path, form: str, password: str) -> None:
+def test_no_message_tells_a_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, password: str
+) -> None:
+    monkeypatch.setattr(storage, "OPENING_PAUSES", (0.0,))
     url = form.format(password, closed_port())
     assert "s3c" not in shown(url) and "%73" not in shown(url)
     with pytest.raises(InputError) as caught:

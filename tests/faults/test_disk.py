@@ -127,6 +127,7 @@ def small_disk(place: Path, options: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kib", SIZES)
+@pytest.mark.sample(2)
 def test_a_disk_that_gets_full_costs_nothing_that_was_settled(
     undisturbed: Undisturbed, tmp_path: Path, kib: int
 ) -> None:

@@ -178,6 +178,7 @@ def test_rows_that_use_up_the_memory_are_refused_while_they_are_read(
 
 
 @pytest.mark.parametrize("line", ["text", "junk", "nested"])
+@pytest.mark.sample(1)
 def test_a_line_of_100_mb_takes_bounded_memory(tmp_path: Path, line: str) -> None:
     path = tmp_path / "train.jsonl"
     with path.open("wb") as stream:

@@ -77,6 +77,7 @@ def long_study(folder: Path, num_trials: int, storage: str) -> list[Window]:
 
 
 @pytest.mark.parametrize("storage", ["journal", "sqlite"])
+@pytest.mark.sample(1)
 def test_a_trial_late_in_a_study_leaves_no_more_than_an_early_one(
     tmp_path: Path, storage: str
 ) -> None:

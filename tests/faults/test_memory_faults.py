@@ -161,6 +161,7 @@ def strike_packs(bench: Bench, num_moments: int, *, lasts: bool) -> dict[str, in
 
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
+@pytest.mark.sample(1)
 def test_wherever_a_pack_runs_out_of_memory_its_trials_go_on(
     llama: LlamaForCausalLM, lasts: bool
 ) -> None:

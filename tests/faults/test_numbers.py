@@ -131,6 +131,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.where} {f.step} {f.value}")
+@pytest.mark.sample(4)
 def test_a_number_that_is_none_ends_its_trial_at_its_step_and_no_other(
     llama: LlamaForCausalLM, fault: Fault
 ) -> None:

@@ -57,6 +57,7 @@ def end(host: Child, *others: Child) -> str:
     return output
 
 
+@pytest.mark.thorough
 def test_a_database_that_is_restarted_in_mid_study(server: postgres.Server, tmp_path: Path) -> None:
     url = database(server.url, "restarted")
     study, out = write_study(tmp_path, trials=TRIALS), tmp_path / "out"
@@ -172,6 +173,7 @@ os.replace = lambda *paths, **options: (time.sleep(0.2), replace(*paths, **optio
 
 
 @pytest.mark.parametrize("fault", [MOVED, SLOW], ids=["clock", "disk"])
+@pytest.mark.sample(1)
 def test_a_clock_that_jumps_and_a_disk_that_is_slow_change_no_result(
     tmp_path: Path, fault: str
 ) -> None:
