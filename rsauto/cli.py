@@ -112,10 +112,13 @@ def worker(
     study: Annotated[
         str | None, typer.Option(help="Name of the study in the storage, with a URL.")
     ] = None,
+    wait: Annotated[
+        float, typer.Option(help="Seconds to wait for a study that is not begun yet.")
+    ] = 0.0,
 ) -> None:
     """Join a study as one more process, on this or another machine, until it is done."""
     with errors_shown():
-        run_worker(target, study)
+        run_worker(target, study, wait)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
     RsautoError
       InputError            2   configuration, data or folder are wrong; nothing was started
+        NotBegunError       2   the study to join is not there, or not yet
       BudgetError           3   no configuration fits the memory budget
       StudyInterrupted      4   stopped early, the same command continues
       AllTrialsFailedError  5   trials ran, and every one of them failed
@@ -39,6 +40,10 @@ class InputError(RsautoError, ValueError):
         )
         shown, more = self.problems[:MOST_SHOWN], len(self.problems) - MOST_SHOWN
         super().__init__("\n".join([*shown, f"... and {more} more."] if more > 0 else shown))
+
+
+class NotBegunError(InputError):
+    """The study that a worker is to join is not there, or not yet."""
 
 
 class BudgetError(RsautoError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -68,8 +69,12 @@ def run_study(
         typer.echo(json.dumps(_result(found, verdict, ended.seconds), allow_nan=False))
 
 
-def run_worker(target: str, study: str | None) -> None:
-    """Works on a study of others to its end."""
+def run_worker(target: str, study: str | None, wait_seconds: float) -> None:
+    """Works on a study of others to its end, begun at most so many seconds from now."""
+    if not 0 <= wait_seconds < math.inf:
+        raise InputError(
+            f"--wait {wait_seconds:g}: must be a number of seconds, 0 or more, such as 3600."
+        )
     if num_processes() > 1:
         raise InputError(
             f"rsauto worker: the launcher has started {num_processes()} processes. A trial that is "
@@ -85,10 +90,15 @@ def run_worker(target: str, study: str | None) -> None:
             quieten_libraries()
             from rsauto.console import watch
             from rsauto.launch import stop_with_parent
-            from rsauto.search.workers import join_study, worker_events
+            from rsauto.search.workers import join_when_begun, worker_events
 
         stop_with_parent(stop)
-        joined = join_study(target, study)
+
+        def say(what: str) -> None:
+            told = f"{what}\nWaiting {wait_seconds:g} s for it at most ..."
+            console.print(told, style="dim", markup=False, highlight=False)
+
+        joined = join_when_begun(target, study, wait_seconds=wait_seconds, stop=stop, on_wait=say)
         ended = watch(worker_events(joined, stop=stop), joined.config, console)
     assert ended is not None
     console.print(f"{ended.reason}, {ended.seconds:.0f} s", style="dim")

@@ -20,9 +20,11 @@ from processes import Child, command_line
 from test_ledger import config_of, journal_ledger, settle, spec_of
 from test_workers_postgres import check_books, wait_for
 from tiny_study import records, write_study
+from typer.testing import CliRunner
 
 from rsauto import launch
-from rsauto.errors import InputError
+from rsauto.cli import app
+from rsauto.errors import InputError, NotBegunError, StudyInterrupted
 from rsauto.records import TrialRecord, TrialSpec
 from rsauto.search import work as work_module
 from rsauto.search import workers
@@ -32,7 +34,7 @@ from rsauto.search.identity import claim
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import JournalUsers, driver_url, open_storage
 from rsauto.search.work import Work
-from rsauto.search.workers import join_study, worker_events
+from rsauto.search.workers import Joined, join_study, join_when_begun, worker_events
 from rsauto.stop import StopFlag
 from rsauto.study_file import validate
 
@@ -402,6 +404,49 @@ def test_a_study_that_its_host_only_just_begins_is_not_joined_yet(tmp_path: Path
         with pytest.raises(InputError, match=r"only just being begun by its host\. Try again"):
             join_study(str(tmp_path))
         journal_ledger(tmp_path)
+
+
+def test_a_worker_may_wait_for_the_study_to_be_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    said: list[str] = []
+    journal = tmp_path / "journal.log"
+
+    def waiting(seconds: float, stop: StopFlag) -> Joined:
+        return join_when_begun(
+            str(tmp_path), wait_seconds=seconds, stop=stop, on_wait=lambda what: begin(what)
+        )
+
+    def begin(what: str) -> None:
+        """The host comes once the worker has seen that there is nothing, and has it to itself."""
+        said.append(what)
+        host = JournalUsers(journal)
+        assert host.join(), "who waits is not at work"
+        host.leave()
+        if len(said) == 3:
+            journal_ledger(tmp_path).set_attribute("config", config_of().model_dump(mode="json"))
+
+    with pytest.raises(NotBegunError, match="is no study folder"):
+        waiting(0.0, StopFlag())
+    with pytest.raises(NotBegunError, match="is no study folder"):
+        waiting(0.1, StopFlag())
+    with pytest.raises(StudyInterrupted, match="before the study was begun"):
+        waiting(60.0, StopFlag(requested=True))
+    open_storage(None, journal)
+    joined = waiting(60.0, StopFlag())
+    assert joined.config == config_of()
+    assert not JournalUsers(journal).join(), "it is at work now"
+    joined.leave()
+    assert len(said) == 3, "told once for each"
+    assert "is no study folder" in said[0] and "only just being begun" in said[2]
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
+def test_a_wait_that_is_no_time_is_refused(seconds: str) -> None:
+    done = CliRunner().invoke(app, ["worker", "nowhere", "--wait", seconds])
+    assert done.exit_code == 2
+    assert f"--wait {seconds}: must be a number of seconds, 0 or more" in done.output
 
 
 def test_a_finished_study_needs_no_worker_and_no_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage
 from rsauto.base import pick_device
 from rsauto.config import StudyConfig
 from rsauto.enclosed import require_enclosed
-from rsauto.errors import InputError, nearest
+from rsauto.errors import InputError, NotBegunError, StudyInterrupted, nearest
 from rsauto.search.agenda import num_settled
 from rsauto.search.bench import load_bench, with_baseline
 from rsauto.search.books import AdapterFolder, WorkersBooks
@@ -38,6 +38,9 @@ from rsauto.search.work import Work
 from rsauto.stop import StopFlag
 from rsauto.storage_url import shown
 from rsauto.units import bytes_text
+
+LOOK_SECONDS = 5.0
+"""Between two looks for a study that is not begun yet."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +59,67 @@ class Joined:
             self.users.leave()
 
 
+def join_when_begun(
+    target: str,
+    name: str | None = None,
+    *,
+    wait_seconds: float,
+    stop: StopFlag,
+    on_wait: Callable[[str], None],
+) -> Joined:
+    """As `join_study`; a study that is not begun yet is looked for again for so long.
+
+    ``on_wait`` is told once what it is that is not there. Raises StudyInterrupted when it is asked
+    to stop.
+    """
+    end = time.monotonic() + wait_seconds
+    told = False
+    while True:
+        try:
+            return join_study(target, name)
+        except NotBegunError as error:
+            if time.monotonic() >= end:
+                raise
+            if not told:
+                on_wait(str(error))
+                told = True
+        _pause(min(LOOK_SECONDS, max(0.0, end - time.monotonic())), stop)
+
+
+def _pause(seconds: float, stop: StopFlag) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stop.requested:
+            raise StudyInterrupted("Stopped before the study was begun.")
+        time.sleep(min(left, 0.2))
+
+
 def join_study(target: str, name: str | None = None) -> Joined:
     """Opens the study in the folder or storage ``target``.
 
-    Raises InputError when it cannot be reached, has no study of that name, or one that rsauto did
-    not begin.
+    Raises InputError when it cannot be reached or none is named, NotBegunError when it has no study
+    of that name, or one that rsauto did not begin.
     """
     if "://" in target:
-        where = shown(target)
-        return _joined(where, open_storage(target, Path()), name, None)
+        return _joined(shown(target), open_storage(target, Path()), name, None)
     folder = StudyFolder(Path(target))
     if not folder.journal_file.is_file():
-        raise InputError(
+        raise NotBegunError(
             f"{target}: is no study folder with a journal. Give a folder such as runs/embedded, "
             "or, where the study's storage is a database, its URL and --study NAME."
         )
     require_enclosed(folder.path)
     users = JournalUsers(folder.journal_file)
     users.join()
-    storage = open_storage(None, folder.journal_file)
-    names = optuna.get_all_study_names(storage)
-    if not names:
-        raise _only_just_begun(target)
-    return _joined(target, storage, name or names[0], users)
+    try:
+        storage = open_storage(None, folder.journal_file)
+        names = optuna.get_all_study_names(storage)
+        if not names:
+            raise _only_just_begun(target)
+        return _joined(target, storage, name or names[0], users)
+    except BaseException:
+        users.leave()  # a host that begins now is to find itself alone
+        raise
 
 
 def _joined(
@@ -89,25 +130,27 @@ def _joined(
     if name is None:
         raise InputError(f"--study: must name the study of {where} to work on. {there}")
     if name not in names:
-        raise InputError(
+        raise NotBegunError(
             f"--study {name}: the storage {where} has no such study.{nearest(name, names)} {there} "
             "rsauto study begins one."
         )
     ledger = Ledger.join(storage, name)
     stored = ledger.attributes().get("config")
     if stored is None:
+        ledger.close()
         if users is not None:
             raise _only_just_begun(where)
-        raise InputError(
+        raise NotBegunError(
             f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
             f"study with --storage {where} first."
         )
     return Joined(where, ledger, stored_config(stored, where), users)
 
 
-def _only_just_begun(folder: str) -> InputError:
-    return InputError(
-        f"{folder}: the study is only just being begun by its host. Try again in a moment."
+def _only_just_begun(folder: str) -> NotBegunError:
+    return NotBegunError(
+        f"{folder}: the study is only just being begun by its host. Try again in a moment, or give "
+        "--wait 60."
     )
 
 
