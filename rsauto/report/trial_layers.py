@@ -46,7 +46,7 @@ _SORTS: tuple[tuple[str, Symbol | None, str], ...] = (
     ("default", "right", "{}, default adapter"),
     ("refit", "left", "{} refit, AdaLoRA's ranks"),
 )
-"""Trials that finished: what sort, how drawn (None: as the method), and called in the legend."""
+"""Trials that finished: what sort, how drawn (None: as the kind), and called in the legend."""
 
 
 _TOLD = ("number", "outcome", "seed", "kind", "refit", "rank", "init_rank", "r_max", "alpha",
