@@ -2,7 +2,8 @@
 
     RsautoError
       InputError            2   configuration, data or folder are wrong; nothing was started
-        NotBegunError       2   the study to join is not there, or not yet
+        NotBegunError       2   the study to join is not there yet
+        StorageAwayError    2   the study's database does not answer
       BudgetError           3   no configuration fits the memory budget
       StudyInterrupted      4   stopped early, the same command continues
       AllTrialsFailedError  5   trials ran, and every one of them failed
@@ -43,7 +44,11 @@ class InputError(RsautoError, ValueError):
 
 
 class NotBegunError(InputError):
-    """The study that a worker is to join is not there, or not yet."""
+    """The study that a worker is to join is not there, and may yet come."""
+
+
+class StorageAwayError(InputError):
+    """The database of a study does not answer, and may yet."""
 
 
 class BudgetError(RsautoError):

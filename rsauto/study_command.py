@@ -142,7 +142,7 @@ def signals_set(stop: StopFlag) -> Iterator[None]:
         if stop.requested and num_processes() == 1:
             raise KeyboardInterrupt
         stop.requested = True
-        print("stopping after this step, once more to stop at once ...", file=sys.stderr)
+        print("stopping cleanly, once more to stop at once ...", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -107,7 +107,6 @@ def test_two_processes_train_what_one_trains(folder: Path, alone: dict[str, Any]
         assert found[name]["peak"] <= 1.02 * found[name]["predicted"]
 
 
-@pytest.mark.thorough
 def test_two_processes_share_a_base(folder: Path, alone: dict[str, Any]) -> None:
     out = folder / "sharded"
     launch = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -188,7 +187,6 @@ def test_a_process_that_dies_ends_the_study_which_can_be_continued(tmp_path: Pat
     assert [trial.state.name for trial in ledger.trials] == ["FAIL", "WAITING"]
 
 
-@pytest.mark.thorough
 def test_ctrl_c_stops_all_processes_in_order(tmp_path: Path) -> None:
     processes, out = begin_long_study(tmp_path)
     for process in [*processes, processes[0]]:  # the terminal, and then the launcher once more

@@ -366,6 +366,14 @@ def test_a_storage_that_cannot_be_opened_is_told_with_its_url(url: str, tmp_path
     assert f"--storage {url}" in str(caught.value)
 
 
+def test_a_url_that_is_none_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsauto.search.storage.time.sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(InputError, match="study storage cannot be opened"):
+        open_storage("unknowndb://x/y", tmp_path / "journal.log")
+
+
 def test_the_same_ledger_works_on_a_database(tmp_path: Path, record_of: Records) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     for number in range(2):

@@ -100,7 +100,6 @@ def test_killed_in_the_middle_of_a_trial_nothing_settled_is_lost(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.sample(1)
 def test_interrupted_it_ends_cleanly_and_continues(
     study_file: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -19,6 +19,17 @@ def test_some(case):
 def test_few(case):
     pass
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("other", "ab")
+@pytest.mark.parametrize("case", range(2))
+def test_stacked(case, other):
+    print(f"<{case} {other}>")
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", range(3))
+def test_one(case):
+    print(f"<one {case}>")
+
 @pytest.mark.thorough
 def test_long():
     pass
@@ -30,14 +41,20 @@ def test_plain():
 
 @pytest.mark.parametrize(
     ("asked", "num_run"),
-    [([], 6), (["--thorough"], 14), (["-k", "some"], 10), (["test_it.py::test_long"], 1)],
+    [
+        ([], 9),
+        (["--thorough"], 21),
+        (["-k", "some"], 10),
+        (["-m", "thorough"], 1),
+        (["test_it.py::test_long"], 1),
+    ],
 )
 def test_a_sample_runs_unless_more_is_asked_for(
     pytester: pytest.Pytester, asked: list[str], num_run: int
 ) -> None:
     pytester.makepyfile(test_it=FILE)
     done = pytester.runpytest("-p", "sampling", "-p", "no:xdist", "-s", *asked)
-    num_collected = 1 if "::" in str(asked) else 14
+    num_collected = 1 if "::" in str(asked) else 21
     done.assert_outcomes(passed=num_run, deselected=num_collected - num_run)
     if not asked:
-        done.stdout.fnmatch_lines(["*<0>*", "*<3>*", "*<6>*"])
+        done.stdout.fnmatch_lines(["*<0>*", "*<4>*", "*<7>*", "*<0 a>*", "*<1 b>*", "*<one 0>*"])

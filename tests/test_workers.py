@@ -401,7 +401,7 @@ def test_a_study_of_another_version_is_told_so(tmp_path: Path) -> None:
 def test_a_study_that_its_host_only_just_begins_is_not_joined_yet(tmp_path: Path) -> None:
     open_storage(None, tmp_path / "journal.log")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"only just being begun by its host\. Try again"):
+        with pytest.raises(InputError, match=r"only just being begun by its host"):
             join_study(str(tmp_path))
         journal_ledger(tmp_path)
 
@@ -429,7 +429,7 @@ def test_a_worker_may_wait_for_the_study_to_be_begun(
 
     with pytest.raises(NotBegunError, match="is no study folder"):
         waiting(0.0, StopFlag())
-    with pytest.raises(NotBegunError, match="is no study folder"):
+    with pytest.raises(NotBegunError, match=r"is no study folder.* It was waited for, 0\.1 s\."):
         waiting(0.1, StopFlag())
     with pytest.raises(StudyInterrupted, match="before the study was begun"):
         waiting(60.0, StopFlag(requested=True))
@@ -447,6 +447,13 @@ def test_a_wait_that_is_no_time_is_refused(seconds: str) -> None:
     done = CliRunner().invoke(app, ["worker", "nowhere", "--wait", seconds])
     assert done.exit_code == 2
     assert f"--wait {seconds}: must be a number of seconds, 0 or more" in done.output
+
+
+def test_another_study_is_not_waited_for_in_a_folder(tmp_path: Path) -> None:
+    journal_ledger(tmp_path).set_attribute("config", config_of().model_dump(mode="json"))
+    with pytest.raises(InputError, match=r"--study other: .* no such study") as caught:
+        join_study(str(tmp_path), "other")
+    assert not isinstance(caught.value, NotBegunError)
 
 
 def test_a_finished_study_needs_no_worker_and_no_model(tmp_path: Path) -> None:
@@ -482,7 +489,6 @@ def workers_of(host: Child) -> list[int]:
         return []
 
 
-@pytest.mark.thorough
 def test_a_journal_with_two_workers_one_killed_then_asked_to_stop_then_continued(
     tmp_path: Path,
 ) -> None:

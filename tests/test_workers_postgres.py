@@ -19,12 +19,13 @@ from processes import Child, command_line
 from test_ledger import config_of, settle, spec_of
 from tiny_study import records, write_study
 
-from rsauto.errors import InputError, StudyInterrupted
+from rsauto.errors import InputError, StorageAwayError, StudyInterrupted
 from rsauto.records import TrialRecord, TrialSpec
-from rsauto.search import liveness
+from rsauto.search import liveness, storage, workers
 from rsauto.search.ledger import Ledger
 from rsauto.search.storage import driver_url, open_storage
-from rsauto.search.workers import join_study
+from rsauto.search.workers import Joined, join_study, join_when_begun
+from rsauto.stop import StopFlag
 
 Records = Callable[..., TrialRecord]
 
@@ -167,6 +168,50 @@ def test_what_cannot_be_joined_is_told(url: str) -> None:
     with pytest.raises(InputError, match="cannot be opened") as caught:
         join_study(nobody, "tiny")
     assert "secret" not in str(caught.value)
+
+
+def test_a_worker_that_waits_keeps_no_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psycopg
+
+    own, looks = database(url, "waiting"), 0
+    stop = StopFlag()
+
+    def connections() -> int:
+        with psycopg.connect(url, autocommit=True) as asking:
+            counted = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'waiting'"
+            (found,) = asking.execute(counted).fetchone() or (0,)
+            return int(found)
+
+    def join_study_and_look(target: str, name: str | None) -> Joined:
+        nonlocal looks
+        looks += 1
+        if looks == 12:
+            assert connections() <= before + 1
+            Ledger.open(open_storage(own, Path()), config_of()).set_attribute(
+                "config", config_of().model_dump(mode="json")
+            )
+        return join_study(target, name)
+
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "join_study", join_study_and_look)
+    before = connections()
+    name = config_of().name
+    joined = join_when_begun(own, name, wait_seconds=60, stop=stop, on_wait=lambda _: None)
+    assert joined.config == config_of() and looks == 12
+    joined.leave()
+
+
+def test_a_database_that_is_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "OPENING_PAUSES", (0.0,))
+    said: list[str] = []
+    away = f"postgresql://me@127.0.0.1:{postgres.free_port()}/x"
+    with pytest.raises(StorageAwayError, match=r"cannot be opened.* It was waited for, 0\.2 s"):
+        join_when_begun(away, "tiny", wait_seconds=0.2, stop=StopFlag(), on_wait=said.append)
+    assert len(said) == 1
+    with pytest.raises(InputError, match="Can't load plugin") as caught:
+        join_when_begun("no://x", "tiny", wait_seconds=60, stop=StopFlag(), on_wait=said.append)
+    assert not isinstance(caught.value, StorageAwayError)
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, host: str) -> None:

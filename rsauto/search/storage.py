@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from rsauto.errors import InputError, StudyInterrupted
+from rsauto.errors import InputError, StorageAwayError, StudyInterrupted
 from rsauto.search.journal import Journal
 from rsauto.storage_url import shown, without_secrets
 
@@ -62,7 +62,10 @@ _TRANSIENT = (StorageInternalError, SQLAlchemyError)
 def open_storage(
     url: str | None, journal: Path, *, heartbeat_seconds: int = HEARTBEAT_SECONDS
 ) -> BaseStorage:
-    """Optuna storage at ``url``, or a journal file. Raises InputError when it cannot be reached."""
+    """Optuna storage at ``url``, or a journal file.
+
+    Raises StorageAwayError when a database does not answer, InputError for what will never do.
+    """
     if url is None:
         return _journal_storage(journal)
     try:
@@ -75,11 +78,19 @@ def open_storage(
         RuntimeError,  # of pymysql, where a password needs the package cryptography
     ) as error:  # fmt: skip
         reason = without_secrets(str(error.__cause__ or error), url).strip().split("\n")[0]
-        raise InputError(
+        is_away = isinstance(error, (*_TRANSIENT, OSError)) and not isinstance(error, ArgumentError)
+        raise (StorageAwayError if is_away else InputError)(
             f"--storage {shown(url)}: the study storage cannot be opened: "
             f"{reason}. Give a database URL such as postgresql://user@host/name or "
             "sqlite:///file.db."
         ) from None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Ends the connections to a database that is no longer asked, which else last a while."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _database(url: str, heartbeat_seconds: int) -> BaseStorage:

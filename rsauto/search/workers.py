@@ -22,7 +22,13 @@ from optuna.storages import BaseStorage
 from rsauto.base import pick_device
 from rsauto.config import StudyConfig
 from rsauto.enclosed import require_enclosed
-from rsauto.errors import InputError, NotBegunError, StudyInterrupted, nearest
+from rsauto.errors import (
+    InputError,
+    NotBegunError,
+    StorageAwayError,
+    StudyInterrupted,
+    nearest,
+)
 from rsauto.search.agenda import num_settled
 from rsauto.search.bench import load_bench, with_baseline
 from rsauto.search.books import AdapterFolder, WorkersBooks
@@ -33,7 +39,7 @@ from rsauto.search.identity import require_equal_inputs, stored_config
 from rsauto.search.ledger import Ledger
 from rsauto.search.objective import Objective
 from rsauto.search.setup import Setup, device_bytes, set_up, with_allowance
-from rsauto.search.storage import JournalUsers, open_storage, patiently
+from rsauto.search.storage import JournalUsers, close_storage, open_storage, patiently
 from rsauto.search.work import Work
 from rsauto.stop import StopFlag
 from rsauto.storage_url import shown
@@ -67,7 +73,8 @@ def join_when_begun(
     stop: StopFlag,
     on_wait: Callable[[str], None],
 ) -> Joined:
-    """As `join_study`; a study that is not begun yet is looked for again for so long.
+    """As `join_study`; a study that is not begun yet, or a database that is away, is looked for
+    again for so long.
 
     ``on_wait`` is told once what it is that is not there. Raises StudyInterrupted when it is asked
     to stop.
@@ -77,9 +84,10 @@ def join_when_begun(
     while True:
         try:
             return join_study(target, name)
-        except NotBegunError as error:
+        except (NotBegunError, StorageAwayError) as error:
             if time.monotonic() >= end:
-                raise
+                waited = f" It was waited for, {wait_seconds:g} s." if wait_seconds else ""
+                raise type(error)(f"{error}{waited}") from None
             if not told:
                 on_wait(str(error))
                 told = True
@@ -97,11 +105,16 @@ def _pause(seconds: float, stop: StopFlag) -> None:
 def join_study(target: str, name: str | None = None) -> Joined:
     """Opens the study in the folder or storage ``target``.
 
-    Raises InputError when it cannot be reached or none is named, NotBegunError when it has no study
-    of that name, or one that rsauto did not begin.
+    Raises StorageAwayError when it cannot be reached, NotBegunError when it has no study of that
+    name yet, InputError when it never will or none is named.
     """
     if "://" in target:
-        return _joined(shown(target), open_storage(target, Path()), name, None)
+        storage = open_storage(target, Path())
+        try:
+            return _joined(shown(target), storage, name, None)
+        except BaseException:
+            close_storage(storage)
+            raise
     folder = StudyFolder(Path(target))
     if not folder.journal_file.is_file():
         raise NotBegunError(
@@ -130,27 +143,28 @@ def _joined(
     if name is None:
         raise InputError(f"--study: must name the study of {where} to work on. {there}")
     if name not in names:
-        raise NotBegunError(
+        raise (NotBegunError if users is None else InputError)(  # a folder is one study's for good
             f"--study {name}: the storage {where} has no such study.{nearest(name, names)} {there} "
             "rsauto study begins one."
         )
     ledger = Ledger.join(storage, name)
     stored = ledger.attributes().get("config")
     if stored is None:
+        is_foreign = bool(ledger.study.get_trials(deepcopy=False))
         ledger.close()
-        if users is not None:
-            raise _only_just_begun(where)
-        raise NotBegunError(
-            f"--study {name}: was not begun by rsauto, or is only just being begun. Run rsauto "
-            f"study with --storage {where} first."
-        )
+        if is_foreign:
+            raise InputError(
+                f"--study {name}: the study of that name in {where} was not begun by rsauto. Give "
+                "the name of one that was; rsauto study begins one."
+            )
+        raise _only_just_begun(where if users is not None else f"--study {name} in {where}")
     return Joined(where, ledger, stored_config(stored, where), users)
 
 
-def _only_just_begun(folder: str) -> NotBegunError:
+def _only_just_begun(what: str) -> NotBegunError:
     return NotBegunError(
-        f"{folder}: the study is only just being begun by its host. Try again in a moment, or give "
-        "--wait 60."
+        f"{what}: is only just being begun by its host, or was not begun by rsauto. Try again in a "
+        "moment, or let the worker --wait for it."
     )
 
 
