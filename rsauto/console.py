@@ -274,7 +274,8 @@ def ranks_as_table(study: Study, verdict: Verdict, width: int) -> Table:
     for column in columns:
         title = column.title.format(objective=objective_text(verdict.objective))
         # What a row is called may take several lines, so that its numbers are never cut.
-        table.add_column(title, justify=column.justify, no_wrap=column is not RANK_COLUMNS[-1])
+        is_name = column in (RANK_COLUMNS[0], RANK_COLUMNS[-1])
+        table.add_column(title, justify=column.justify, no_wrap=not is_name)
     rows = rank_table(study.records, verdict)
     for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         table.add_row(

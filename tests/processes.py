@@ -8,6 +8,7 @@ seed, let it; all others need not.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import os
 import random
@@ -97,6 +98,7 @@ def _become_a_process(log: Path, errors: Path) -> None:
     sys.stderr = sys.__stderr__ = open(  # type: ignore[misc]
         2, "w", closefd=False, buffering=1
     )
+    faulthandler.disable()  # pytest's
     threading.excepthook = threading.__excepthook__
     sys.unraisablehook = sys.__unraisablehook__
     _filter_as_a_process_does()

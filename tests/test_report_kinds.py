@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_report_records import study_config
 from test_report_verdict import searched
 
+from rsauto.console import ranks_as_table
 from rsauto.records import TrialRecord
 from rsauto.report.cells import rank_grid
+from rsauto.report.drawing import _layers
 from rsauto.report.figures import panels
 from rsauto.report.kinds import kind_looks, kind_of, kinds
 from rsauto.report.panel import Panel
 from rsauto.report.ranks import rank_table
+from rsauto.report.rates import rate_findings
 from rsauto.report.steps import steps
-from rsauto.report.table import table
+from rsauto.report.table import Study, table
 from rsauto.report.verdict import judge
 from rsauto.scaling import init_scale
 
@@ -110,6 +116,57 @@ def test_one_power_in_the_place_of_both_rules_is_one_kind() -> None:
     assert isinstance(memory, Panel)
     points = [layer for layer in memory.layers if layer.name == "LoRA alpha r^-0.25"]
     assert [len(layer.x) for layer in points] == [len(records)]
+
+
+def test_a_row_of_the_terminal_never_loses_its_numbers() -> None:
+    records = ablation()
+    records += [trial(50 + rank, rank, 0.9, -0.25, -0.5) for rank in RANKS]
+    verdict = judge(study_config(), records, {})
+    study = Study(folder=Path("out"), config=study_config(), environment={},
+                  records=tuple(records), trials=table(records))  # fmt: skip
+    console = Console(width=80, file=StringIO())
+    console.print(ranks_as_table(study, verdict, 80))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said and "best" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_legends_of_long_names_have_fewer_columns() -> None:
+    records = [trial(n, 4 + n, 1.0 + n, -0.25 - n, -0.5) for n in range(4)]
+    panel = next(
+        panel
+        for panel in panels(records, judge(study_config(), records, {}))
+        if isinstance(panel, Panel) and panel.key == "curves"
+    )
+    figure = _layers(panel)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_one_power_in_the_place_of_both_rules_has_one_law() -> None:
+    of_lora = [trial(n, rank, 1.0 + n / 10, -0.25, 0.0) for n, rank in enumerate(RANKS)]
+    of_both = [replace(r, number=50 + r.number, method="rslora") for r in of_lora]
+    (found,) = rate_findings([*of_lora, *of_both])
+    assert (found.kind, len(found.trials)) == ("LoRA alpha r^-0.25", 6)
+
+
+def test_many_powers_look_different_and_the_map_says_which_share_a_symbol() -> None:
+    powers = (-0.1, -0.25, -0.3, -0.4, -0.6, -0.8, -2.0)
+    records = [
+        replace(trial(10 * n + k, rank, 1.0 + n, power, 0.0), learning_rate=1 / rank)
+        for n, power in enumerate((None, *powers))
+        for k, rank in enumerate(RANKS)
+    ]
+    records += [replace(r, number=200 + r.number, method="rslora") for r in records[:3]]
+    found = [(record.method, kind_of(record)) for record in records]
+    looks = kind_looks(found)
+    assert len(set(looks.values())) == len(looks) == 9
+    verdict = judge(study_config(), records, {})
+    drawn = next(panel for panel in panels(records, verdict) if panel.key == "rate_map")
+    assert isinstance(drawn, Panel)
+    assert drawn.caption.lower().count("diamonds are") == 1 and " or LoRA alpha" in drawn.caption
 
 
 def test_a_method_keeps_its_look_whatever_else_is_there() -> None:

@@ -50,6 +50,10 @@ _STYLE: Any = {
 }
 
 
+_LEGEND_CHARACTERS, _HANDLE_CHARACTERS = 110, 11
+"""In a line of a legend across the figure, and what a handle takes of them."""
+
+
 def drawing(panel: Panel | HeatMap) -> bytes:
     """The panel as an SVG file on white."""
     with matplotlib.rc_context(_STYLE):
@@ -68,7 +72,7 @@ def _layers(panel: Panel) -> Figure:
     _dress(axes, panel)
     names = [layer.name for layer in panel.layers if layer.in_legend]
     if names:
-        columns = 4 if max(map(len, names)) <= 16 else 3
+        columns = max(1, min(4, _LEGEND_CHARACTERS // (max(map(len, names)) + _HANDLE_CHARACTERS)))
         figure.legend(  # handles long enough to tell one dash from another
             loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.6
         )

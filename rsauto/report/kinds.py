@@ -8,8 +8,9 @@ which never share a row or a line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TypeVar
 
 import pandas as pd
 
@@ -31,6 +32,7 @@ from rsauto.report.panel import (
 )
 from rsauto.units import method_text
 
+T = TypeVar("T")
 Look = tuple[str, Symbol, Dash]
 
 _COLOURS = (SKY, GREEN, PINK, YELLOW, ORANGE, BLUE)
@@ -41,8 +43,8 @@ _SYMBOLS: tuple[Symbol, ...] = ("diamond", "up", "square", "circle")
 def kind_text(
     method: str, rank: int, scaling_exponent: float | None, init_scale: float | None
 ) -> str:
-    """'rsLoRA'; 'LoRA alpha r^-0.25' where gamma_r is neither rule's, whichever of the two methods
-    it took the place of; 'LoRA, A by r^-0.5' where A is not drawn as usual."""
+    """'rsLoRA'; 'LoRA alpha r^-0.25' where a study sets the power in gamma_r, whichever of the two
+    methods it took the place of; 'LoRA, A by r^-0.5' where A is not drawn as usual."""
     name = method_text(method)
     if _is_set(scaling_exponent):
         name = f"LoRA alpha r^{scaling_exponent:g}"
@@ -83,15 +85,22 @@ def kind_looks(found: Iterable[tuple[str, str]]) -> dict[str, Look]:
         for method, kind in pairs
         if kind == method_text(method)
     }
-    colours, symbols, dashes = zip(*looks.values(), strict=True) if looks else ((), (), ())
-    others = sorted({kind for _, kind in pairs} - set(looks))
-    spare = zip(
-        cycle([colour for colour in _COLOURS if colour not in colours]),
-        cycle([symbol for symbol in _SYMBOLS if symbol not in symbols] or _SYMBOLS),
-        cycle([dash for dash in DASHES if dash not in dashes]),
-        strict=False,
-    )
-    return looks | dict(zip(others, spare, strict=False))
+    colours = _left(_COLOURS, {colour for colour, _, _ in looks.values()})
+    symbols = _left(_SYMBOLS, {symbol for _, symbol, _ in looks.values()})
+    dashes = _left(DASHES, {dash for _, _, dash in looks.values()})
+    for n, kind in enumerate(sorted({kind for _, kind in pairs} - set(looks))):
+        turn = n // len(colours)  # symbols and dashes are shifted where colours begin anew
+        looks[kind] = (
+            colours[n % len(colours)],
+            symbols[(n + turn) % len(symbols)],
+            dashes[(n + turn) % len(dashes)],
+        )
+    return looks
+
+
+def _left(there_are: Sequence[T], taken: AbstractSet[T]) -> Sequence[T]:
+    """Those that nobody has; all, where that is none."""
+    return [one for one in there_are if one not in taken] or there_are
 
 
 def _is_set(number: float | None) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from rsauto.rate_law import RatePoint
 from rsauto.records import TrialRecord
-from rsauto.report.panel import GREY, METHOD_COLOURS, Layer, Panel, rate_ticks
+from rsauto.report.kinds import kind_looks, kind_of
+from rsauto.report.panel import GREY, Layer, Panel, rate_ticks
 from rsauto.report.rates import RateFinding, rate_findings
 from rsauto.units import rate_text, value_text
 
@@ -27,7 +28,8 @@ def rates_panel(records: Sequence[TrialRecord]) -> Panel | None:
     ranks = sorted({point.rank for point in points})
     rates = [point.rate for point in points]
     low, high = min(rates) / _ROOM, max(rates) * _ROOM
-    layers = [layer for f in findings for layer in _layers(f, (low, high))]
+    looks = kind_looks((record.method, kind_of(record)) for record in records)
+    layers = [layer for f in findings for layer in _layers(f, looks[f.kind][0], (low, high))]
     return Panel(
         key="rate_law",
         title="Best learning rate against rank",
@@ -46,9 +48,8 @@ def rates_panel(records: Sequence[TrialRecord]) -> Panel | None:
     )
 
 
-def _layers(finding: RateFinding, limits: tuple[float, float]) -> list[Layer]:
+def _layers(finding: RateFinding, colour: str, limits: tuple[float, float]) -> list[Layer]:
     name = finding.kind
-    colour = METHOD_COLOURS[finding.method]
     best = _best_of_ranks(finding.trials)
     rest = [point for point in finding.trials if point not in best]
     return [

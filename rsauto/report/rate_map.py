@@ -36,7 +36,9 @@ def rate_map(trials: pd.DataFrame, verdict: Verdict) -> Panel | None:
     values = done[verdict.objective].astype(float)
     best = float(values.min() if verdict.minimize else values.max())
     behind = (values - best).abs() / (abs(best) or 1.0)
-    looks = kind_looks(zip(done["method"], done["kind"], strict=True))
+    there = set(done["kind"])
+    looks = kind_looks(zip(trials["method"], trials["kind"], strict=True))
+    looks = {kind: look for kind, look in looks.items() if kind in there}
     layers = []
     for (low, *_), (high, colour, size) in pairwise([(-1.0, "", 0.0), *_BANDS]):
         band = done[(behind > low) & (behind <= high)]
@@ -87,6 +89,8 @@ def _symbols_told(looks: Mapping[str, Look]) -> str:
     if len(looks) < 2:
         return ""
     told = {"circle": "discs", "square": "squares", "up": "triangles", "diamond": "diamonds"}
-    named = [f"{told[symbol]} are {kind}" for kind, (_, symbol, _) in looks.items()]
-    text = ", ".join(named)
+    kinds: dict[str, list[str]] = {}
+    for kind, (_, symbol, _) in looks.items():
+        kinds.setdefault(told[symbol], []).append(kind)
+    text = ", ".join(f"{symbols} are {' or '.join(names)}" for symbols, names in kinds.items())
     return f"{text[0].upper()}{text[1:]}. "

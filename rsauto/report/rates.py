@@ -24,9 +24,8 @@ _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateFinding:
-    """What the search trials of one method say about its law."""
+    """What the search trials of one kind say about its law."""
 
-    method: Method
     kind: str
     """What reports call it, see ``kind_text``."""
     optimizer: OptimizerName
@@ -84,12 +83,12 @@ class RateFinding:
 
 
 def rate_findings(records: Sequence[TrialRecord]) -> tuple[RateFinding, ...]:
-    """One for every method with a law of which a search trial was run.
+    """One for every kind with a law of which a search trial was run.
 
     Adafactor has no law; nor has a method that was searched with two optimizers, or with the power
-    of rank overridden in some trials only.
+    of rank overridden in some trials only. Methods whose power is overridden by one are one kind.
     """
-    found = []
+    found: dict[str, RateFinding] = {}
     for method, rule in LAWFUL:
         ours = [r for r in records if r.role == "search" and r.method == method]
         kinds = {(r.optimizer, r.scaling_exponent) for r in ours}
@@ -99,18 +98,17 @@ def rate_findings(records: Sequence[TrialRecord]) -> tuple[RateFinding, ...]:
         optimizer: OptimizerName | None = _lawful(name)
         if optimizer is None:
             continue
-        points = whole_search_trials(ours, method)
-        found.append(
-            RateFinding(
-                method=method,
-                kind=kind_of(ours[0]),
-                optimizer=optimizer,
-                prior=learning_rate_exponent(rule, optimizer, exponent),
-                trials=tuple(points),
-                surface=fit_surface(points),
-            )
+        kind = kind_of(ours[0])
+        alike = found[kind].trials if kind in found else ()
+        points = (*alike, *whole_search_trials(ours, method))
+        found[kind] = RateFinding(
+            kind=kind,
+            optimizer=optimizer,
+            prior=learning_rate_exponent(rule, optimizer, exponent),
+            trials=points,
+            surface=fit_surface(points),
         )
-    return tuple(found)
+    return tuple(found.values())
 
 
 def _lawful(optimizer: str) -> OptimizerName | None:

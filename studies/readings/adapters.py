@@ -37,8 +37,9 @@ def loraplus(arms: Arms) -> Reading:
     rows, gains, speeds = [], {}, {}
     for ratio, records in tuned.items():
         others = [r for r in records if r.seed != first] or records
-        gains[ratio] = _relative(others, plain)
-        speeds[ratio] = mean_of([_speed(r, _of_seed(plain, r.seed)) for r in others])
+        pairs = _pairs(others, plain)
+        gains[ratio] = mean_of([_relative(r, own) for r, own in pairs])
+        speeds[ratio] = mean_of([_speed(r, own) for r, own in pairs])
         rows.append(
             [
                 f"{ratio:g}",
@@ -48,7 +49,7 @@ def loraplus(arms: Arms) -> Reading:
                 speeds[ratio].text(2),
             ]
         )
-    best = min((r for r in gains if r != 1.0), key=lambda ratio: gains[ratio].mean)
+    best = _best_ratio(gains)
     is_faster = speeds[best].low > 1
     is_better = gains[best].high < 0
     verdict: Verdict = (
@@ -80,6 +81,14 @@ def loraplus(arms: Arms) -> Reading:
     )
 
 
+def _best_ratio(gains: Mapping[float, Mean]) -> float:
+    """Of those on most seeds: one that was only tuned was chosen on the seed it is judged by."""
+    ratios = [ratio for ratio in gains if ratio != 1.0]
+    ratios = [ratio for ratio in ratios if math.isfinite(gains[ratio].mean)] or ratios
+    most = max(gains[ratio].num for ratio in ratios)
+    return min((r for r in ratios if gains[r].num == most), key=lambda ratio: gains[ratio].mean)
+
+
 def _by_ratio(studies: Iterable[Study]) -> dict[float, list[TrialRecord]]:
     found: dict[float, list[TrialRecord]] = defaultdict(list)
     for record in (record for study in studies for record in study.records):
@@ -93,14 +102,18 @@ def _tuned(records: Sequence[TrialRecord], first: int) -> list[TrialRecord]:
     return [r for r in records if r.learning_rate == rate]
 
 
-def _of_seed(records: Sequence[TrialRecord], seed: int) -> TrialRecord:
-    return next(r for r in records if r.seed == seed)
+def _pairs(
+    records: Sequence[TrialRecord], plain: Sequence[TrialRecord]
+) -> list[tuple[TrialRecord, TrialRecord]]:
+    """Each with the plain trial of its seed, where that was run."""
+    of_seed = {record.seed: record for record in plain}
+    return [(record, of_seed[record.seed]) for record in records if record.seed in of_seed]
 
 
-def _relative(records: Sequence[TrialRecord], plain: Sequence[TrialRecord]) -> Mean:
-    """Per cent by which the loss is above that of the plain trial of the same seed."""
-    pairs = [(final_loss(r), final_loss(_of_seed(plain, r.seed))) for r in records]
-    return mean_of([100 * (a / b - 1) if math.isfinite(b) else math.nan for a, b in pairs])
+def _relative(record: TrialRecord, plain: TrialRecord) -> float:
+    """Per cent by which the loss is above that of the plain trial."""
+    before = final_loss(plain)
+    return 100 * (final_loss(record) / before - 1) if math.isfinite(before) else math.nan
 
 
 def _speed(record: TrialRecord, plain: TrialRecord) -> float:
