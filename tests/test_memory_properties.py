@@ -52,7 +52,7 @@ def profile_of(name: str) -> StepProfile:
     return profile_from(trace_step(kind, FIRST), trace_step(kind, second), "cpu")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(NAMES, SIZES)
 def test_a_profile_is_a_trace_at_any_size(name: str, size: StepSize) -> None:
     direct = trace_step(step_of(name), size)
