@@ -134,7 +134,7 @@ def test_the_page_shows_scripts_as_text(folder: Path, monkeypatch: pytest.Monkey
     if program is None:
         pytest.skip("no chromium on this machine")
     with browser.opened(program) as page:
-        page.resize(1280, 3000)
+        page.resize(1280, 12000)
         page.open(folder / "report.html", "document.documentElement.dataset.ready")
         for row in range(3):  # what hovers and details show is made when they are opened
             page.run(f"document.querySelectorAll('#trials tbody tr')[{row}]?.click()")
